@@ -1,0 +1,1 @@
+"""The mathematics of each method as plain functions of tensors; needs torch and nothing else."""

@@ -1,0 +1,1 @@
+"""Mixins and LightningModules, one file per method."""

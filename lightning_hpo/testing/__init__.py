@@ -1,0 +1,1 @@
+"""Tiny modules, tiny data and runners for testing a LightningModule with a method."""
