@@ -1,0 +1,176 @@
+"""What every method's callback shares: state, guards, log prefix and the step of its own optimizer."""
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["MethodCallback"]
+
+
+class MethodCallback(Callback):
+    """A callback that owns what it learns: nothing is added to the user's module.
+
+    A subclass names in ``_STATE`` the attributes to save and restore (objects with ``state_dict``, tensors, containers,
+    numbers, strings) and in ``_KEY`` the constructor arguments that tell two instances apart. An attribute that is
+    ``None`` when a checkpoint is read is taken to be built later: :meth:`restore_pending` then fills it.
+
+    Example:
+        >>> class Counter(MethodCallback):
+        ...     _STATE = ("steps",)
+        ...     _KEY = ("name",)
+        ...     def __init__(self, name="a"):
+        ...         self.name, self.steps = name, 0
+        >>> counter = Counter()
+        >>> counter.state_key, counter.state_dict()
+        ("Counter{'name': 'a'}", {'steps': 0})
+    """
+
+    _STATE: ClassVar[tuple[str, ...]] = ()
+    _KEY: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def state_key(self) -> str:
+        """Class name and identifying arguments; later changes of those attributes do not change it."""
+        if "_fixed_key" not in self.__dict__:  # the Trainer reads it when it is built
+            self._fixed_key = f"{type(self).__qualname__}{ {name: getattr(self, name) for name in self._KEY}!r}"
+        return self._fixed_key
+
+    def state_dict(self) -> dict[str, Any]:
+        """The attributes of ``_STATE`` as plain types, so that weights-only loading accepts the checkpoint."""
+        return {name: self._saved(name) for name in self._STATE}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` saved; refuses names that are missing or unknown."""
+        wrong = [f"`{n}` is missing" for n in self._STATE if n not in state_dict]
+        wrong += [f"`{n}` is unknown" for n in state_dict if n not in self._STATE]
+        self.raise_all(f"the checkpoint's state does not fit this version: {problem}" for problem in wrong)
+        for name, saved in state_dict.items():
+            if getattr(self, name) is None and saved is not None:
+                self._waiting()[name] = saved
+            else:
+                self._restore(name, saved)
+
+    def restore_pending(self) -> None:
+        """Applies the loaded state of attributes that were ``None`` when the checkpoint was read."""
+        pending = self._waiting()
+        while pending:
+            self._restore(*pending.popitem())
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that holds this method's state for other identifying arguments."""
+        saved = checkpoint.get("callbacks") or {}
+        claimed = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
+        if self._STATE and self.state_key not in saved:
+            others = [k for k in saved if k.startswith(f"{type(self).__qualname__}{{") and k not in claimed]
+            self.raise_all(self._key_difference(other) for other in others)
+
+    def hyperparameters(self) -> dict[str, float | list[float]]:
+        """What has been learned so far, by name, as numbers on the host."""
+        return {}
+
+    def log_values(self, pl_module: LightningModule, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
+        """Logs each value as ``<method>/<name>``; call it with the same names on every rank."""
+        stem = type(self).__module__.rpartition(".")[2]
+        pl_module.log_dict({f"{stem}/{name}": value for name, value in values.items()}, **kwargs)
+
+    def raise_all(self, problems: Iterable[str]) -> None:
+        """Raises one :class:`MisconfigurationException` that lists every problem, if there is any."""
+        if found := list(problems):
+            text = found[0] if len(found) == 1 else "".join(f"\n- {problem}" for problem in found)
+            raise MisconfigurationException(f"`{type(self).__name__}`: {text}")
+
+    def require_automatic_optimization(self, pl_module: LightningModule) -> None:
+        """Refuses modules that call ``backward`` and ``step`` themselves."""
+        if not pl_module.automatic_optimization:
+            self.raise_all([f"`{type(pl_module).__name__}` optimizes by hand; set `automatic_optimization = True`."])
+
+    def require_hook(self, owner: object, name: str, why: str) -> Callable[..., Any]:
+        """The method ``name`` of ``owner``; refuses an owner that does not define it."""
+        method, inherited = getattr(owner, name, None), (LightningModule, LightningDataModule)
+        if not callable(method) or any(getattr(type(owner), name, None) is getattr(b, name, owner) for b in inherited):
+            self.raise_all([f"define `{name}` on `{type(owner).__name__}`: it is needed {why}."])
+        return method  # type: ignore[return-value]
+
+    def refuse_sharded_strategy(self, trainer: Trainer) -> None:
+        """Refuses strategies under which a rank holds only a part of each parameter."""
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            name = type(trainer.strategy).__name__
+            self.raise_all([f"`{name}` shards parameters; use `strategy='ddp'` or a single device."])
+
+    @staticmethod
+    def unscale_own(trainer: Trainer, optimizer: Optimizer) -> None:
+        """Divides the fp16 loss scale out of an own optimizer's gradients; call it in ``on_before_optimizer_step``."""
+        if trainer.scaler is not None and _has_gradients(optimizer):
+            trainer.scaler.unscale_(optimizer)
+
+    @staticmethod
+    def step_own(trainer: Trainer, optimizer: Optimizer) -> None:
+        """Steps an own optimizer and clears its gradients; under fp16 a step with overflow is left out.
+
+        Lightning updates the loss scale once, after the user's optimizer: it is never updated here.
+        """
+        if _has_gradients(optimizer):
+            scaler = trainer.scaler
+            _ = optimizer.step() if scaler is None else scaler.step(optimizer)
+        optimizer.zero_grad()
+
+    def step_own_optimizer(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """:meth:`unscale_own`, then :meth:`step_own`, for when nothing is added to the gradient in between."""
+        self.unscale_own(trainer, optimizer)
+        self.step_own(trainer, optimizer)
+
+    def _waiting(self) -> dict[str, Any]:
+        return self.__dict__.setdefault("_pending", {})  # subclasses need not call `super().__init__`
+
+    def _saved(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is None:
+            value = self._waiting().get(name)
+        return _plain(value.state_dict() if hasattr(value, "state_dict") else value, f"{type(self).__name__}.{name}")
+
+    def _restore(self, name: str, saved: Any) -> None:
+        value = getattr(self, name)
+        if hasattr(value, "load_state_dict"):
+            if saved is not None:  # None: the checkpoint is older than the object
+                value.load_state_dict(saved)
+        elif isinstance(value, Tensor) and isinstance(saved, Tensor) and value.shape == saved.shape:
+            with torch.no_grad():
+                value.copy_(saved)  # in place: an optimizer may hold this very tensor
+        else:
+            setattr(self, name, _plain(saved, name))
+
+    def _key_difference(self, other: str) -> str:
+        try:
+            theirs = ast.literal_eval(other.removeprefix(type(self).__qualname__))
+            ours = ast.literal_eval(self.state_key.removeprefix(type(self).__qualname__))
+        except (ValueError, SyntaxError):  # an argument whose repr is no literal
+            return f"the checkpoint was written by `{other}`, this is `{self.state_key}`."
+        differing = [n for n in {**theirs, **ours} if theirs.get(n) != ours.get(n)]
+        named = " and ".join(f"`{n}={theirs.get(n)!r}` (here {ours.get(n)!r})" for n in differing)
+        return f"the checkpoint was written with {named}; construct the callback with the checkpoint's value."
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A deep copy in types that weights-only loading accepts."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    raise TypeError(
+        f"`{where}` is a `{type(value).__name__}`; state holds tensors, containers, numbers and strings only"
+    )

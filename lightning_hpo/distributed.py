@@ -1,0 +1,184 @@
+"""The only file that talks to other ranks; without an initialised process group every function is the identity.
+
+Everything copies: an argument is never changed in place, except the gradients in :func:`mean_gradients`.
+Every function is a collective: call it on all ranks or on none.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["agree", "broadcast", "gather", "mean", "mean_gradients", "rank", "sum", "world_size"]
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group.
+
+    Example:
+        >>> world_size()
+        1
+    """
+    return dist.get_world_size() if _initialized() else 1
+
+
+def rank() -> int:
+    """This process's number; 0 without a process group.
+
+    Example:
+        >>> rank()
+        0
+    """
+    return dist.get_rank() if _initialized() else 0
+
+
+def sum(tensor: Tensor) -> Tensor:  # noqa: A001 - read as `distributed.sum`
+    """Sum over ranks.
+
+    Args:
+        tensor: Any shape and number type, the same on every rank.
+
+    Returns:
+        A new tensor of the same shape, detached.
+
+    Example:
+        >>> sum(torch.tensor([1, 2]))
+        tensor([1, 2])
+    """
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """Mean over ranks.
+
+    Args:
+        tensor: Any shape, floating point or complex, the same shape on every rank.
+
+    Returns:
+        A new tensor of the same shape, detached.
+
+    Raises:
+        ValueError: For integer tensors, whose mean would be truncated.
+
+    Example:
+        >>> mean(torch.tensor([1.0, 2.0]))
+        tensor([1., 2.])
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"the mean of a tensor of type {tensor.dtype} would be truncated; convert it with `.float()`")
+    return sum(tensor).div_(world_size())
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Every rank's tensor, in the order of ranks.
+
+    Where first dimensions differ (checked on all ranks), the results are concatenated along the first dimension, since
+    they cannot be stacked.
+
+    Args:
+        tensor: ``(...)`` or ``(n_r, ...)`` where only ``n_r`` may differ between ranks.
+
+    Returns:
+        ``(ranks, ...)``, or ``(sum of n_r, ...)`` where the first dimensions differ.
+
+    Example:
+        >>> gather(torch.tensor([1.0, 2.0])).shape
+        torch.Size([1, 2])
+    """
+    tensor = tensor.detach().contiguous()
+    if world_size() == 1:
+        return tensor.clone()[None]
+    length = tensor.shape[0] if tensor.ndim else 0
+    lengths = _all_gather(torch.tensor([length], device=tensor.device)).flatten().tolist()
+    if len(set(lengths)) == 1:
+        return _all_gather(tensor)
+    padding = tensor.new_zeros(max(lengths) - length, *tensor.shape[1:])
+    rows = _all_gather(torch.cat([tensor, padding]))
+    return torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
+
+
+def agree(value: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether ``value`` is true on every rank.
+
+    Args:
+        value: This rank's opinion.
+        device: Where the vote is counted; NCCL needs this rank's CUDA device.
+
+    Returns:
+        The same answer on every rank.
+
+    Example:
+        >>> agree(True), agree(False)
+        (True, False)
+    """
+    return bool(sum(torch.tensor(int(value), device=device)).item() == world_size())
+
+
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """The tensor of rank ``source``, on every rank.
+
+    Args:
+        tensor: The same shape and type on every rank.
+        source: Whose values to take.
+
+    Returns:
+        A new tensor of the same shape, detached.
+
+    Raises:
+        ValueError: If there is no rank ``source``.
+
+    Example:
+        >>> broadcast(torch.tensor(3.0))
+        tensor(3.)
+    """
+    if not 0 <= source < world_size():
+        raise ValueError(f"source must be one of the {world_size()} ranks, got {source}")
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.broadcast(copy, src=source)
+    return copy
+
+
+@torch.no_grad()
+def mean_gradients(parameters: Iterable[Tensor]) -> None:
+    """Averages ``.grad`` over ranks, in one message for each type and device.
+
+    A gradient that is missing counts as zero, and is there afterwards if there is more than one rank, so that ranks
+    whose losses do not touch the same parameters still take the same step.
+
+    Args:
+        parameters: The same tensors in the same order on every rank.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> weight.sum().backward()
+        >>> mean_gradients([weight])
+        >>> weight.grad
+        tensor([1., 1.])
+    """
+    if world_size() == 1:
+        return
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for group in groups.values():
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
+        averaged = mean(flat).split([p.numel() for p in group])
+        for parameter, values in zip(group, averaged, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(values.view_as(parameter))
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_gather(tensor: Tensor) -> Tensor:
+    copies = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(copies, tensor)
+    return torch.stack(copies)
