@@ -1,9 +1,10 @@
 """Integers that count tokens: checks and runs of blocks, without torch."""
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["kept_counts", "segments", "store_integers", "whole_number"]
+__all__ = ["constant_drop", "kept_counts", "running_counts", "segments", "store_integers", "whole_number"]
 
 
 def whole_number(value: object) -> int | None:
@@ -49,6 +50,66 @@ def segments(entry: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
+def running_counts(
+    entry: Sequence[int], prune: Sequence[int], merge: Sequence[int]
+) -> tuple[tuple[int, int, int], ...]:
+    """Tokens alive in every block: the running minimum of the listed counts, anew in every segment.
+
+    Args:
+        entry: Tokens entering each block when nothing is compressed.
+        prune: Listed tokens kept after pruning.
+        merge: Listed tokens kept after merging.
+
+    Returns:
+        For every block the tokens that enter it, those left after pruning and those left after merging.
+
+    Example:
+        >>> running_counts([9, 9, 4], [8, 9, 4], [5, 6, 3])
+        ((9, 8, 5), (5, 5, 5), (4, 4, 3))
+    """
+    counts = []
+    for start, stop in segments(entry):
+        alive = entry[start]
+        for after_prune, after_merge in zip(prune[start:stop], merge[start:stop], strict=True):
+            pruned = min(alive, after_prune)
+            merged = min(pruned, after_merge)
+            counts.append((alive, pruned, merged))
+            alive = merged
+    return tuple(counts)
+
+
+def constant_drop(
+    r: float, entry: Sequence[int], floor: int, first: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens before and after each block when every block from `first` on gives up `r`.
+
+    Whole tokens go: the drop since the start of the segment is rounded, halves upwards, not the drop of one block.
+
+    Args:
+        r: Tokens fewer a block; need not be whole.
+        entry: Tokens entering each block when nothing is compressed.
+        floor: Fewest tokens ever left.
+        first: Blocks before this one give up nothing.
+
+    Returns:
+        Tokens that enter each block and tokens that leave it.
+
+    Example:
+        >>> constant_drop(1.5, [9, 9, 9, 9], floor=2)
+        ((9, 7, 6, 4), (7, 6, 4, 3))
+        >>> constant_drop(4, [9, 9, 9, 9], floor=2, first=1)
+        ((9, 9, 5, 2), (9, 5, 2, 2))
+    """
+    entering: list[int] = []
+    leaving: list[int] = []
+    for start, stop in segments(entry):
+        steps = [max(0, block + 1 - max(start, first)) for block in range(start, stop)]
+        left = [max(floor, entry[start] - math.floor(r * step + 0.5)) for step in steps]
+        entering += [entry[start], *left[:-1]]
+        leaving += left
+    return tuple(entering), tuple(leaving)
+
+
 def kept_counts(name: str, values: Iterable[object], depth: int) -> tuple[int, ...]:
     """Checks a list with one non-negative integer a block.
 
@@ -92,3 +153,38 @@ def store_integers(owner: object, names: Sequence[str]) -> None:
         raise ValueError(f"{type(owner).__name__} takes non-negative integers, got {', '.join(wrong)}.")
     for name, value in values.items():
         object.__setattr__(owner, name, value)
+
+
+def schedule_problems(entry: Sequence[object], prefix: object, **kept: Sequence[object]) -> list[str]:
+    """Everything that is wrong with the lists of a schedule.
+
+    Args:
+        entry: Tokens entering each block when nothing is compressed.
+        prefix: Class, distillation and register tokens among them.
+        kept: Lists of kept tokens by name.
+
+    Returns:
+        One sentence a problem, naming the block; none when all is well.
+
+    Example:
+        >>> schedule_problems([9, 9], 1, prune=[9, 10], merge=[9])
+        ['block 1: `prune` keeps 10 of 9 tokens', '`merge` has 1 entries for 2 blocks']
+    """
+    problems = [] if len(entry) else ["a schedule needs at least one block"]
+    fewest = whole_number(prefix)
+    if fewest is None or fewest < 0:
+        problems.append(f"`prefix` must be a non-negative integer, got {prefix!r}")
+    fewest = max(fewest or 0, 0) + 1
+    tokens = [whole_number(value) for value in entry]
+    for name, values in {"entry": entry, **kept}.items():
+        if len(values) != len(entry):
+            problems.append(f"`{name}` has {len(values)} entries for {len(entry)} blocks")
+        for block, value in enumerate(values):
+            count, entering = whole_number(value), tokens[block] if block < len(tokens) else None
+            if count is None:
+                problems.append(f"block {block}: `{name}` is not an integer: {value!r}")
+            elif count < fewest:
+                problems.append(f"block {block}: `{name}` is {count}, at least prefix + 1 = {fewest} tokens must stay")
+            elif entering is not None and count > entering:
+                problems.append(f"block {block}: `{name}` keeps {count} of {entering} tokens")
+    return problems

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_hpo.functional.compression.counts import kept_counts, segments, store_integers
+from lightning_hpo.functional.compression.counts import kept_counts, running_counts, segments, store_integers
 
 if TYPE_CHECKING:  # whole-number costs need no torch
     from torch import Tensor
@@ -132,14 +132,8 @@ class TransformerMacs:
         depth = len(self.blocks)
         prune, merge = kept_counts("prune", prune, depth), kept_counts("merge", merge, depth)
         total = self.fixed
-        for start, stop in segments(self.entry):
-            alive = self.entry[start]
-            for block, after_prune, after_merge in zip(
-                self.blocks[start:stop], prune[start:stop], merge[start:stop], strict=True
-            ):
-                total += alive * (block.attention + alive * block.pair)
-                alive = min(alive, after_prune, after_merge)
-                total += alive * block.mlp
+        for block, (entering, _, left) in zip(self.blocks, running_counts(self.entry, prune, merge), strict=True):
+            total += entering * (block.attention + entering * block.pair) + left * block.mlp
         return total
 
     def count_and_slope(self, prune: Tensor, merge: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +149,9 @@ class TransformerMacs:
         block differ, this is the true derivative in the smaller (binding) one; in the other, and wherever an earlier
         block binds, the true derivative is zero and the slope still pushes.
 
-        Nothing is read back from the device and nothing branches on a value, so that the call compiles and can be
-        captured. The results carry no gradient; half precision is computed in float32.
+        Nothing is read back from the device and nothing branches on a value, so that the call compiles as one graph;
+        where the blocks of a segment are alike, nothing is copied to the device either. The results carry no gradient;
+        half precision is computed in float32.
 
         Args:
             prune: Tokens kept after pruning, shape (L,), floating point.
