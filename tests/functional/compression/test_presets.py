@@ -88,6 +88,7 @@ def test_published_mapping():
 
 def test_caformer_prunes_nothing():
     for schedule in PUBLISHED_SCHEDULES["caformer_s36"].values():
+        assert schedule.prune == tuple(entering for entering, _, _ in schedule.running())
         assert all(entering == pruned for entering, pruned, _ in schedule.running())
 
 
