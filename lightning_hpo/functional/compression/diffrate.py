@@ -1,0 +1,144 @@
+"""Differentiable token counts: how many tokens a block keeps, and which ones."""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "candidate_counts",
+    "kept_tokens",
+    "straight_through_mask",
+    "survival_probability",
+    "token_ranks",
+]
+
+# An expected count within this distance above an integer counts as that integer: sums in float32 differ by about
+# 1e-5 between devices, and the ceiling would turn that noise into a whole token.
+_CEIL_TOLERANCE = 1e-3
+
+
+def candidate_counts(patches: int, granularity: int = 1, device: torch.device | str | None = None) -> Tensor:
+    """Patch counts a block may keep: ``patches, patches - granularity, ...``, all positive.
+
+    Args:
+        patches: Patch tokens that enter the network, prefix tokens not counted.
+        granularity: Difference of neighbouring candidates, ``1 <= granularity <= patches``.
+        device: Where the result lives.
+
+    Returns:
+        Integers, descending, of shape ``(ceil(patches / granularity),)``.
+
+    Raises:
+        ValueError: If ``granularity`` is outside its range.
+
+    Example:
+        >>> candidate_counts(10, 4)
+        tensor([10,  6,  2])
+    """
+    if not 1 <= granularity <= patches:
+        raise ValueError(f"granularity must lie between 1 and the number of patches ({patches}), got {granularity}.")
+    return torch.arange(patches, 0, -granularity, device=device)
+
+
+def survival_probability(probabilities: Tensor, patches: int, granularity: int = 1) -> Tensor:
+    r"""Probability that the token at each sorted position is kept.
+
+    With candidates :math:`c_i` and their probabilities :math:`p_i`, position :math:`t` survives when the count
+    reaches it: :math:`\pi_t = \sum_{i: c_i + 1 > t} p_i`. Position 0 is the class token, so :math:`\pi_0 = 1`.
+    One cumulative sum and one lookup, whatever the number of patches.
+
+    Args:
+        probabilities: Probabilities of :func:`candidate_counts`, shape ``(..., candidates)``.
+        patches: Patch tokens that enter the network.
+        granularity: Difference of neighbouring candidates.
+
+    Returns:
+        Probabilities for positions ``0 .. patches``, shape ``(..., patches + 1)``, non-increasing.
+
+    References:
+        Chen et al., "DiffRate: Differentiable Compression Rate for Efficient Vision Transformers", ICCV 2023, sec. 3.3.
+
+    Example:
+        >>> survival_probability(torch.tensor([0.25, 0.25, 0.5]), patches=3)
+        tensor([1.0000, 1.0000, 0.5000, 0.2500])
+    """
+    position = torch.arange(patches + 1, device=probabilities.device)
+    last_reaching = ((patches - position) // granularity).clamp(max=probabilities.shape[-1] - 1)
+    return probabilities.cumsum(-1).index_select(-1, last_reaching)
+
+
+def kept_tokens(probabilities: Tensor, candidates: Tensor, prefix: int = 1) -> Tensor:
+    r"""Number of kept tokens, :math:`K = \lceil \sum_i c_i p_i \rceil` plus the prefix, with identity gradient.
+
+    Args:
+        probabilities: Probabilities of the candidates, shape ``(..., candidates)``.
+        candidates: Patch counts from :func:`candidate_counts`, shape ``(candidates,)``.
+        prefix: Class, distillation and register tokens, which are always kept and counted here.
+
+    Returns:
+        Whole numbers in floating point, shape ``(...)``; the gradient is that of the expectation.
+
+    References:
+        Chen et al., "DiffRate", ICCV 2023, sec. 3.3.
+
+    Example:
+        >>> candidates = candidate_counts(196)
+        >>> kept_tokens(torch.full((196,), 1 / 196), candidates)
+        tensor(100.)
+    """
+    expected = (probabilities * candidates.to(probabilities.dtype)).sum(-1)
+    whole = (expected.detach() - _CEIL_TOLERANCE).ceil()
+    return whole + (expected - expected.detach()) + prefix
+
+
+def straight_through_mask(rank: Tensor, kept: Tensor, survival: Tensor, alive: Tensor, living: Tensor) -> Tensor:
+    r"""Factor that kills the patches beyond the kept count, differentiable in the survival probabilities.
+
+    The value is 1 for ranks below the kept count and 0 beyond; the gradient is that of the survival probability of
+    the rank. Tokens dead on entry get the constant 1: their product with the running mask stays 0 while the gradient
+    still reaches the blocks that killed them. Nothing is differentiated where the count does not bind.
+
+    Args:
+        rank: Position of each patch in the order of importance, from 0, shape ``(batch, patches)``.
+        kept: Patches to keep, prefix not counted, 0-dimensional.
+        survival: Result of :func:`survival_probability`, shape ``(patches + 1,)``.
+        alive: Which patches are alive on entry, boolean, shape ``(batch, patches)``.
+        living: How many patches are alive on entry, 0-dimensional.
+
+    Returns:
+        Factor for the running mask, shape ``(batch, patches)``.
+
+    Example:
+        >>> rank, alive = torch.tensor([[2, 0, 1]]), torch.tensor([[True, True, True]])
+        >>> survival = torch.tensor([1.0, 1.0, 0.5, 0.25], requires_grad=True)
+        >>> factor = straight_through_mask(rank, torch.tensor(2), survival, alive, torch.tensor(3))
+        >>> factor.detach()
+        tensor([[0., 1., 1.]])
+        >>> torch.autograd.grad(factor[0, 0], survival)
+        (tensor([0., 0., 0., 1.]),)
+    """
+    binds = kept < living
+    soft = survival[1:].expand(rank.shape[0], -1).gather(1, rank)
+    hard = (rank < kept).to(soft.dtype)
+    factor = hard + (soft - soft.detach()) * binds
+    return torch.where(alive, factor, torch.ones_like(factor))
+
+
+def token_ranks(scores: Tensor, alive: Tensor) -> Tensor:
+    """Position of each patch when patches are sorted by descending score, the dead behind the living.
+
+    Ties go to the lower index, so that training and inference agree on the order.
+
+    Args:
+        scores: Importance of each patch, not negative, shape ``(batch, patches)``.
+        alive: Boolean, shape ``(batch, patches)``.
+
+    Returns:
+        Integers from 0, shape ``(batch, patches)``.
+
+    Example:
+        >>> token_ranks(torch.tensor([[0.2, 0.9, 0.5]]), torch.tensor([[True, False, True]]))
+        tensor([[1, 2, 0]])
+    """
+    order = scores.masked_fill(~alive, -1.0).argsort(dim=1, descending=True, stable=True)
+    position = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, position)

@@ -1,0 +1,90 @@
+"""Attention under a differentiable token mask."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["masked_attention", "masked_softmax"]
+
+_FAINT = 1e-6  # smallest living share of a row's attention that is told from zero: the paper's epsilon
+
+
+def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
+    r"""Softmax over living keys, differentiable in the mask; the plain form.
+
+    :math:`P_{jk} = (e_{jk} \tilde M_{jk} + \epsilon / N) / (\sum_k e_{jk} \tilde M_{jk} + \epsilon)` with
+    :math:`e = \exp(a - \max a)`, :math:`\tilde M_{jk} = M_k` off the diagonal and 1 on it: a token always sees itself.
+
+    Args:
+        logits: Attention logits, shape ``(batch, heads, tokens, tokens)``.
+        mask: Which keys live, one value a token, shape ``(batch, tokens)``.
+        eps: Smoothing; 0 makes a 0/1 mask equal to slicing.
+
+    Returns:
+        Attention weights, same shape as ``logits``.
+
+    References:
+        Rao et al., "DynamicViT", NeurIPS 2021, eq. 11; used by Chen et al., "DiffRate", ICCV 2023.
+
+    Example:
+        >>> masked_softmax(torch.zeros(1, 1, 2, 2), torch.tensor([[1.0, 0.0]]), eps=0.0)
+        tensor([[[[1.0000, 0.0000],
+                  [0.5000, 0.5000]]]])
+    """
+    tokens = logits.shape[-1]
+    itself = torch.eye(tokens, dtype=mask.dtype, device=mask.device)
+    visible = mask[:, None, None, :] * (1 - itself) + itself
+    weight = (logits - logits.amax(-1, keepdim=True)).exp() * visible
+    return (weight + eps / tokens) / (weight.sum(-1, keepdim=True) + eps)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+    r"""Attention that sees living tokens only, differentiable in the mask, at the cost of fused attention.
+
+    Equals ``masked_softmax(query @ key.T / sqrt(d) + bias, mask, eps=0) @ value``. With :math:`A` the ordinary
+    attention over all keys, that is
+
+    .. math:: o_j = \frac{\sum_k A_{jk} M_k v_k + A_{jj} (1 - M_j) v_j}{\sum_k A_{jk} M_k + A_{jj} (1 - M_j)},
+
+    so the mask is only a factor of the values: one fused call with the columns :math:`M v` and :math:`M` returns both
+    sums. One more key, of logit 0, returns the normaliser that :math:`A_{jj}` needs; it is a constant in the backward
+    pass, which is exact for masks of zeros and ones. The denominator is at least ``1e-6``, which bounds how strongly a
+    dead token may ask to be kept, as the smoothing of the paper does.
+
+    Args:
+        query: Shape ``(batch, heads, tokens, width)``.
+        key: Same shape.
+        value: Same shape.
+        mask: One value a token, shape ``(batch, tokens)``.
+        bias: Added to the logits of each key (the logarithm of its size), shape ``(batch, tokens)``.
+
+    Returns:
+        The output, shape of ``query``.
+
+    References:
+        Chen et al., "DiffRate", ICCV 2023, sec. 3.4; Bolya et al., "Token Merging", ICLR 2023, eq. 1 (size bias).
+
+    Example:
+        >>> q = torch.randn(1, 2, 3, 4)
+        >>> out = masked_attention(q, q, q, torch.tensor([[1.0, 1.0, 0.0]]), torch.zeros(1, 3))
+        >>> sliced = torch.nn.functional.scaled_dot_product_attention(*(q[:, :, :2],) * 3)
+        >>> torch.allclose(out[:, :, :2], sliced, atol=1e-6)
+        True
+    """
+    width = query.shape[-1]
+    spare = -(width + 2) % 8  # fused kernels want a multiple of eight
+    live = mask[:, None, :, None].to(value.dtype).expand(*value.shape[:-1], 1)
+    tilt = bias[:, None, :, None].to(key.dtype).expand_as(live)
+    zeros = torch.zeros((), dtype=value.dtype, device=value.device).expand(*value.shape[:-1], spare + 1)
+    extra_key = zeros.new_zeros(()).expand(*value.shape[:2], 1, width + 2 + spare)
+    extra_value = F.pad(zeros.new_ones(1), (width + 1, spare)).expand_as(extra_key)
+    wide_query = torch.cat([query, torch.ones_like(live), zeros], -1)
+    wide_key = torch.cat([torch.cat([key, tilt * width**0.5, zeros], -1), extra_key], -2)
+    wide_value = torch.cat([torch.cat([value * live, live, zeros], -1), extra_value], -2)
+    sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=width**-0.5)
+    plain, total, normaliser, _ = sums.split([width, 1, 1, spare], -1)
+    with torch.no_grad():
+        self_logit = (query * key).sum(-1, keepdim=True) * width**-0.5 + tilt
+        self_share = normaliser * self_logit.exp()
+    own = self_share * (1 - live)
+    return torch.addcmul(plain, own, value) / (total + own).clamp(min=_FAINT)
