@@ -75,10 +75,16 @@ class MethodCallback(Callback):
         """What has been learned so far, by name, as numbers on the host."""
         return {}
 
+    def label(self, trainer: Trainer) -> str:
+        """The method's stem, with the identifying arguments where the Trainer has two callbacks of this class."""
+        stem = type(self).__module__.rpartition(".")[2]
+        alone = sum(type(c) is type(self) for c in trainer.callbacks) < 2  # type: ignore[attr-defined]
+        return stem if alone else f"{stem}[{','.join(str(getattr(self, name)) for name in self._KEY)}]"
+
     def log_values(self, pl_module: LightningModule, values: Mapping[str, Tensor | float], **kwargs: Any) -> None:
         """Logs each value as ``<method>/<name>``; call it with the same names on every rank."""
-        stem = type(self).__module__.rpartition(".")[2]
-        pl_module.log_dict({f"{stem}/{name}": value for name, value in values.items()}, **kwargs)
+        label = self.label(pl_module.trainer)
+        pl_module.log_dict({f"{label}/{name}": value for name, value in values.items()}, **kwargs)
 
     def raise_all(self, problems: Iterable[str]) -> None:
         """Raises one :class:`MisconfigurationException` that lists every problem, if there is any."""
