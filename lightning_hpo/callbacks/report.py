@@ -14,8 +14,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from rich.text import Text
@@ -189,9 +190,11 @@ def _text(value: float | list[float]) -> str:
 def _draw(records: list[dict[str, Any]]) -> Figure:
     """One panel a knob, at most three in a row."""
     courses = _courses(records)
-    columns = min(len(courses), 3)
+    columns = 2 if len(courses) == 4 else min(len(courses), 3)
     rows = -(-len(courses) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.2 * rows), dpi=120, layout="constrained")
+    figure = Figure(
+        figsize=(4.6 * columns, 3.2 * rows), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
+    )
     FigureCanvasAgg(figure)  # never a window, whatever the user's backend
     for i, (knob, (steps, values)) in enumerate(courses.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -203,11 +206,11 @@ def _draw(records: list[dict[str, Any]]) -> Figure:
 def _draw_panel(axes: Axes, steps: list[int], values: list[list[float]]) -> None:
     """One line an entry: named if they are few, else coloured from the first entry to the last."""
     count = max(map(len, values))
-    shades = colormaps["viridis"].resampled(max(count, 2))
+    shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.92, count)))  # the last yellow is too pale
     style: dict[str, Any] = {"linewidth": 1.6, "marker": "o" if len(steps) < 20 else None, "markersize": 3}
     for entry in range(count):
         course = [row[entry] if entry < len(row) else np.nan for row in values]
-        color = "tab:blue" if count == 1 else shades(entry / max(count - 1, 1) * 0.92)  # the last yellow is too pale
+        color = "tab:blue" if count == 1 else shades(entry)
         axes.plot(steps, course, color=color, label=str(entry), **style)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -219,13 +222,14 @@ def _draw_panel(axes: Axes, steps: list[int], values: list[list[float]]) -> None
         )
     elif count > _LEGEND_LINES:
         bar = ScalarMappable(BoundaryNorm(np.arange(count + 1) - 0.5, count), shades)
-        ticks = np.unique(np.linspace(0, count - 1, min(count, 6)).round())
-        axes.figure.colorbar(bar, ax=axes, label="entry", ticks=ticks, pad=0.02)
+        ticks = np.arange(0, count, -(-count // 8))
+        axes.figure.colorbar(bar, ax=axes, label="entry", ticks=ticks, pad=0.02).minorticks_off()
 
 
 def _send_picture(logger: Logger, figure: Figure, step: int) -> None:
     """Hands the picture to a logger that takes pictures, each in its own way; the others keep their metrics."""
-    key, experiment = "hyperparameters", getattr(logger, "experiment", None)
+    key = "hyperparameters"
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
