@@ -1,1 +1,40 @@
 """Small LightningModules and data modules on real data, for examples, docs and tests."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_hpo.demos.image_classifier import ImageClassifier
+    from lightning_hpo.demos.image_data import DigitsDataModule, ImageDataModule
+    from lightning_hpo.demos.image_files import (
+        CIFAR10DataModule,
+        FashionMNISTDataModule,
+        ImageFolderDataModule,
+        MNISTDataModule,
+    )
+
+_HOME = {
+    "CIFAR10DataModule": "image_files",
+    "DigitsDataModule": "image_data",
+    "FashionMNISTDataModule": "image_files",
+    "ImageClassifier": "image_classifier",
+    "ImageDataModule": "image_data",
+    "ImageFolderDataModule": "image_files",
+    "MNISTDataModule": "image_files",
+}
+
+__all__ = [
+    "CIFAR10DataModule",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageClassifier",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "MNISTDataModule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)  # timm and torchvision load on first use
