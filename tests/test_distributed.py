@@ -11,6 +11,8 @@ import torch.multiprocessing
 
 from lightning_hpo import distributed
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker starts the two processes
+
 
 def run_rank(rank: int, folder: str) -> None:
     """Everything one of the two ranks does; what it saw is written to `folder`."""
