@@ -64,7 +64,7 @@ lint: $(ENVIRONMENT)
 
 types: $(ENVIRONMENT)
 	@echo "==> types: mypy"
-	@$(PY) -m mypy
+	@$(PY) -m mypy lightning_hpo $(wildcard examples/*.py benchmarks/*.py)
 
 # Tests that share an expensive fixture carry the mark `xdist_group` and run in one worker.
 pytest: $(ENVIRONMENT)
