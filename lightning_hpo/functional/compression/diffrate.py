@@ -1,10 +1,14 @@
 """Differentiable token counts: how many tokens a block keeps, and which ones."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 __all__ = [
+    "KeptPlan",
     "candidate_counts",
+    "kept_plan",
     "kept_tokens",
     "straight_through_mask",
     "survival_probability",
@@ -88,6 +92,40 @@ def kept_tokens(probabilities: Tensor, candidates: Tensor, prefix: int = 1) -> T
     expected = (probabilities * candidates.to(probabilities.dtype)).sum(-1)
     whole = (expected.detach() - _CEIL_TOLERANCE).ceil()
     return whole + (expected - expected.detach()) + prefix
+
+
+class KeptPlan(NamedTuple):
+    """What every compressible block keeps in one forward pass.
+
+    Args:
+        kept: Patches to keep, prefix not counted, shape ``(kinds, blocks)``.
+        survival: Survival probability of each sorted position, shape ``(kinds, blocks, patches + 1)``.
+    """
+
+    kept: Tensor
+    survival: Tensor
+
+
+def kept_plan(probabilities: Tensor, patches: int, granularity: int = 1) -> KeptPlan:
+    """Kept counts and survival probabilities of all blocks at once.
+
+    Args:
+        probabilities: Probabilities of the candidates, shape ``(kinds, blocks, candidates)``.
+        patches: Patch tokens that enter the network.
+        granularity: Difference of neighbouring candidates.
+
+    Returns:
+        The plan; both parts are differentiable in the probabilities.
+
+    Example:
+        >>> kept_plan(torch.full((2, 3, 16), 1 / 16), patches=16).kept
+        tensor([[9., 9., 9.],
+                [9., 9., 9.]])
+    """
+    candidates = candidate_counts(patches, granularity, probabilities.device)
+    return KeptPlan(
+        kept_tokens(probabilities, candidates, prefix=0), survival_probability(probabilities, patches, granularity)
+    )
 
 
 def straight_through_mask(rank: Tensor, kept: Tensor, survival: Tensor, alive: Tensor, living: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
     return (weight + eps / tokens) / (weight.sum(-1, keepdim=True) + eps)
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor, scale: float | None = None
+) -> Tensor:
     r"""Attention that sees living tokens only, differentiable in the mask, at the cost of fused attention.
 
     Equals ``masked_softmax(query @ key.T / sqrt(d) + bias, mask, eps=0) @ value``. With :math:`A` the ordinary
@@ -57,6 +59,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bi
         value: Same shape.
         mask: One value a token, shape ``(batch, tokens)``.
         bias: Added to the logits of each key (the logarithm of its size), shape ``(batch, tokens)``.
+        scale: Factor of the logits; ``width ** -0.5`` by default.
 
     Returns:
         The output, shape of ``query``.
@@ -72,6 +75,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bi
         True
     """
     width = query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
     spare = -(width + 2) % 8  # fused kernels want a multiple of eight
     live = mask[:, None, :, None].to(value.dtype).expand(*value.shape[:-1], 1)
     tilt = bias[:, None, :, None].to(key.dtype).expand_as(live)
@@ -79,12 +83,12 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bi
     extra_key = zeros.new_zeros(()).expand(*value.shape[:2], 1, width + 2 + spare)
     extra_value = F.pad(zeros.new_ones(1), (width + 1, spare)).expand_as(extra_key)
     wide_query = torch.cat([query, torch.ones_like(live), zeros], -1)
-    wide_key = torch.cat([torch.cat([key, tilt * width**0.5, zeros], -1), extra_key], -2)
+    wide_key = torch.cat([torch.cat([key, tilt / scale, zeros], -1), extra_key], -2)
     wide_value = torch.cat([torch.cat([value * live, live, zeros], -1), extra_value], -2)
-    sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=width**-0.5)
+    sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=scale)
     plain, total, normaliser, _ = sums.split([width, 1, 1, spare], -1)
     with torch.no_grad():
-        self_logit = (query * key).sum(-1, keepdim=True) * width**-0.5 + tilt
+        self_logit = (query * key).sum(-1, keepdim=True) * scale + tilt
         self_share = normaliser * self_logit.exp()
     own = self_share * (1 - live)
     return torch.addcmul(plain, own, value) / (total + own).clamp(min=_FAINT)

@@ -9,9 +9,7 @@ __all__ = ["bipartite_merge", "grow_sizes", "match_tokens", "merge_tokens"]
 _EPS = 1e-6  # keeps the norm of a zero token away from 0/0, in half precision too
 
 
-def match_tokens(
-    metric: Tensor, destinations: int | Tensor, sources: Tensor | None = None, prefix: int = 0
-) -> tuple[Tensor, Tensor]:
+def match_tokens(metric: Tensor, destinations: int | Tensor, sources: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Nearest destination of every source token by cosine similarity, ties to the lowest index.
 
     Two layouts. With an integer, the first ``destinations`` tokens receive the rest (real slicing, sorted tokens).
@@ -19,10 +17,9 @@ def match_tokens(
     matched to themselves.
 
     Args:
-        metric: Features compared, shape ``(batch, tokens, width)``.
+        metric: Features of the patches; prefix tokens take no part, shape ``(batch, tokens, width)``.
         destinations: Number of leading destinations, or which tokens they are, ``(batch, tokens)``.
         sources: In the masked layout, which tokens are sources, ``(batch, tokens)``.
-        prefix: In the sliced layout, leading tokens that receive nothing (class and register tokens).
 
     Returns:
         Index of the destination and similarity, shape ``(batch, sources)`` sliced and ``(batch, tokens)`` masked.
@@ -38,9 +35,9 @@ def match_tokens(
     with torch.no_grad():
         unit = F.normalize(metric.float(), dim=-1, eps=_EPS)
         if isinstance(destinations, int):
-            similarity = unit[:, destinations:] @ unit[:, prefix:destinations].transpose(1, 2)
+            similarity = unit[:, destinations:] @ unit[:, :destinations].transpose(1, 2)
             value, index = similarity.max(-1)
-            return index + prefix, value
+            return index, value
         similarity = unit @ unit.transpose(1, 2)
         value, index = similarity.masked_fill_(~destinations[:, None, :], -torch.inf).max(-1)
         itself = torch.arange(metric.shape[1], device=metric.device)
@@ -69,55 +66,58 @@ def grow_sizes(size: Tensor, similarity: Tensor, clamp: bool) -> Tensor:
     return grown.clamp(min=1.0) if clamp else grown
 
 
-def merge_tokens(x: Tensor, index: Tensor, moved: Tensor) -> Tensor:
-    """Mean of each destination and the sources that chose it; differentiable in ``x``.
+def merge_tokens(x: Tensor, sources: Tensor, index: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean of each destination and the sources that chose it; differentiable in both.
 
     Args:
-        x: Tokens, shape ``(batch, tokens, width)``.
-        index: Destination of each token, shape ``(batch, tokens)``.
-        moved: 1 where a token is a source, 0 elsewhere, shape ``(batch, tokens)``.
+        x: Destinations, shape ``(batch, tokens, width)``.
+        sources: Tokens that move, shape ``(batch, moved, width)``.
+        index: Destination of each source, shape ``(batch, moved)``.
+        weight: 0 for sources that do not move after all, 1 for the rest (the default), shape ``(batch, moved)``.
 
     Returns:
-        Same shape; destinations hold the mean over themselves and their sources, other tokens are unchanged.
+        Shape of ``x``; destinations that nothing chose are unchanged.
+
+    References:
+        Chen et al., "DiffRate", ICCV 2023, sec. 3.2.
 
     Example:
-        >>> x = torch.tensor([[[1.0], [2.0], [6.0]]])
-        >>> merge_tokens(x, torch.tensor([[0, 1, 1]]), torch.tensor([[0.0, 0.0, 1.0]])).squeeze(-1)
-        tensor([[1., 4., 6.]])
+        >>> x = torch.tensor([[[1.0], [2.0]]])
+        >>> merge_tokens(x, torch.tensor([[[6.0]]]), torch.tensor([[1]])).squeeze(-1)
+        tensor([[1., 4.]])
     """
-    moved = moved.to(x.dtype)
-    count = torch.ones_like(moved).scatter_add(1, index, moved).unsqueeze(-1)
-    total = x.scatter_add(1, index.unsqueeze(-1).expand_as(x), x * moved.unsqueeze(-1))
+    weight = x.new_ones(index.shape) if weight is None else weight.to(x.dtype)
+    count = x.new_ones(x.shape[:2]).scatter_add(1, index, weight).unsqueeze(-1)
+    total = x.scatter_add(1, index.unsqueeze(-1).expand_as(sources), sources * weight.unsqueeze(-1))
     return total / count
 
 
-def bipartite_merge(x: Tensor, size: Tensor, metric: Tensor, kept: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def bipartite_merge(x: Tensor, size: Tensor, metric: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token merging as first published: alternate tokens, the most similar pairs, size-weighted mean.
 
     Args:
-        x: Tokens, shape ``(batch, tokens, width)``.
+        x: Patch tokens, shape ``(batch, tokens, width)``.
         size: Patches that each token stands for, shape ``(batch, tokens)``.
         metric: Attention keys, mean over the heads, shape ``(batch, tokens, head width)``.
-        kept: Tokens that remain; at most half of the patches can go in one step.
-        prefix: Leading tokens that take no part.
+        kept: Tokens that remain; at most half of them can go in one step.
 
     Returns:
-        Tokens and sizes that remain, and where each token went, an index into them of shape ``(batch, tokens)``.
+        Tokens and sizes that remain, which tokens they were, ``(batch, remaining)``, and where each token went, an
+        index into the remaining ones, ``(batch, tokens)``.
 
     References:
         Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, sec. 3.
 
     Example:
         >>> x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 3.0]]])
-        >>> merged, size, where = bipartite_merge(x, torch.ones(1, 3), x, kept=2, prefix=0)
-        >>> merged, size, where
+        >>> merged, size, survivors, where = bipartite_merge(x, torch.ones(1, 3), x, kept=2)
+        >>> merged, size, survivors, where
         (tensor([[[1., 0.],
-                 [0., 2.]]]), tensor([[1., 2.]]), tensor([[0, 1, 1]]))
+                 [0., 2.]]]), tensor([[1., 2.]]), tensor([[0, 1]]), tensor([[0, 1, 1]]))
     """
     batch, tokens, width = x.shape
     place = torch.arange(tokens, device=x.device)
-    is_target = (place >= prefix) & ((place - prefix) % 2 == 1)
-    first, second = place[(place >= prefix) & ~is_target], place[is_target]
+    first, second = place[::2], place[1::2]
     moves = min(tokens - kept, len(second), len(first))
     unit = F.normalize(metric.detach().float(), dim=-1, eps=_EPS)
     value, nearest = (unit[:, first] @ unit[:, second].transpose(1, 2)).max(-1)
@@ -127,9 +127,9 @@ def bipartite_merge(x: Tensor, size: Tensor, metric: Tensor, kept: int, prefix: 
 
     where = place.expand(batch, -1).scatter(1, source, target)
     total = torch.zeros_like(size).scatter_add(1, where, size)
-    weighted = torch.zeros_like(x).scatter_add(1, where.unsqueeze(-1).expand_as(x), x * size.unsqueeze(-1))
+    weighted = torch.zeros_like(x).scatter_add(1, where.unsqueeze(-1).expand_as(x), x * size.unsqueeze(-1).to(x.dtype))
     stays = torch.ones(batch, tokens, dtype=torch.bool, device=x.device).scatter(1, source, False)
     survivors = stays.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : tokens - moves]
     new_index = stays.long().cumsum(1) - 1
-    merged = (weighted / total.unsqueeze(-1)).gather(1, survivors.unsqueeze(-1).expand(-1, -1, width))
-    return merged, total.gather(1, survivors), new_index.gather(1, where)
+    merged = (weighted / total.unsqueeze(-1).to(x.dtype)).gather(1, survivors.unsqueeze(-1).expand(-1, -1, width))
+    return merged, total.gather(1, survivors), survivors, new_index.gather(1, where)
