@@ -225,10 +225,12 @@ class Gallery(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.pictures: list[Any] = []
+        self.metrics: list[Any] = []
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, metrics))
 
     def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
         self.pictures.append((key, images[0], step))
@@ -246,13 +248,15 @@ def test_a_logger_with_log_image_receives_an_array(tmp_path: Path) -> None:
 def test_only_rank_zero_writes_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery, report, toy = Gallery(), HyperparameterReport(tmp_path), Toy()
     trainer = fit(toy, report, logger=gallery)
+    assert gallery.metrics[0] == (0, {"test_report/rate": 0.5, **{f"test_report/kept/{i}": 10.0 * i for i in range(3)}})
     gallery.pictures.clear()
+    gallery.metrics.clear()
     for file in tmp_path.iterdir():
         file.unlink()
     monkeypatch.setattr(type(trainer.strategy), "is_global_zero", property(lambda strategy: False))
     report.on_train_start(trainer, trainer.lightning_module)
     report.on_fit_end(trainer, trainer.lightning_module)
-    assert (list(tmp_path.iterdir()), gallery.pictures) == ([], [])
+    assert (list(tmp_path.iterdir()), gallery.pictures, gallery.metrics) == ([], [], [])
     assert report.records  # but every rank keeps the course, so that all have it after a resume
 
 
