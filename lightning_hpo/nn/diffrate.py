@@ -51,7 +51,7 @@ def vit_macs(model: nn.Module, schedule: TokenCompressionSchedule | None = None,
         >>> vit_macs(timm.create_model("deit_small_patch16_224"))
         4599177216
     """
-    cost = describe(model, image_size).cost
+    cost = describe(model, image_size).layout.cost
     return cost.full if schedule is None else cost.count(schedule.prune, schedule.merge)
 
 
@@ -103,8 +103,8 @@ def apply_token_compression(
         torch.Size([1, 1000])
     """
     anatomy = describe(model, _image_size(model, schedule))
-    schedule.validate(entry=anatomy.cost.entry, prefix=anatomy.prefix)
-    if not anatomy.prunes and any(kept < before for before, kept, _ in schedule.running()):
+    schedule.validate(entry=anatomy.layout.cost.entry, prefix=anatomy.layout.prefix)
+    if not anatomy.layout.prunes and any(kept < before for before, kept, _ in schedule.running()):
         raise ValueError(f"`{type(model).__name__}` needs its whole grid back: it can merge tokens but not prune them.")
     attach(anatomy, importance, matching, size_rule, trace=trace)
     set_schedule(anatomy, schedule)
@@ -200,16 +200,14 @@ def attach(
             f"`{type(anatomy.model).__name__}` here has no class token to rank patches by; use `importance='mean'`."
         )
     rules = CompressionRules(importance or anatomy.importance, matching, size_rule == "clamped")
-    entry = anatomy.cost.entry
-    state = TokenState(anatomy.prefix, rules, trace or not anatomy.prunes, granularity, probabilities)
-    opening = {start: not all(anatomy.exempt[start:stop]) for start, stop in segments(entry)}
-    closing = set() if anatomy.prunes else {stop - 1 for _, stop in segments(entry)}
-    row = 0
-    for index, (block, exempt) in enumerate(zip(anatomy.blocks, anatomy.exempt, strict=True)):
-        learned = None if exempt else row
-        slot = BlockCompression(state, entry[index], entry[index], entry[index], learned)
+    layout, entry = anatomy.layout, anatomy.layout.cost.entry
+    state = TokenState(layout.prefix, rules, trace or not layout.prunes, granularity, probabilities)
+    opening = {start: not all(layout.exempt[start:stop]) for start, stop in segments(entry)}
+    closing = set() if layout.prunes else {stop - 1 for _, stop in segments(entry)}
+    rows = {index: row for row, index in enumerate(layout.blocks)}
+    for index, block in enumerate(anatomy.blocks):
+        slot = BlockCompression(state, entry[index], entry[index], entry[index], rows.get(index))
         slot.opens, slot.learns, slot.restores = index in opening, opening.get(index, False), index in closing
-        row += not exempt
         block.token_compression = slot  # type: ignore[assignment]
         block.__class__ = COMPRESSED_BLOCKS[type(block)]
     if type(anatomy.model) in COMPRESSED_MODELS:

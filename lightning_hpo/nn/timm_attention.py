@@ -1,12 +1,14 @@
 """timm's attention layers, opened where token compression has to reach in: size bias, mask and token scores."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention
 from timm.models.metaformer import Attention as MetaFormerAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_hpo.functional.compression.masked_attention import masked_attention, masked_softmax
 from lightning_hpo.nn.token_state import RankedTokens, TokenState
@@ -17,7 +19,7 @@ SUPPORTED_ATTENTION = (Attention, AttentionRope, EvaAttention, MetaFormerAttenti
 
 
 def attend(
-    attn: nn.Module, x: Tensor, rope: Tensor | None, state: TokenState, rank: bool
+    attn: Any, x: Tensor, rope: Tensor | None, state: TokenState, rank: bool
 ) -> tuple[Tensor, RankedTokens | None]:
     """Runs an attention layer over the tokens that live, and ranks its patches if asked to.
 
@@ -71,7 +73,7 @@ def _rank(
     return RankedTokens(weights.sum(1)[:, state.prefix :], key.mean(1)[:, state.prefix :])
 
 
-def _project(attn: nn.Module, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = x.shape
     if attn.qkv is not None:
         joint = _joint_projection(attn, x).view(batch, tokens, 3, attn.num_heads, attn.head_dim)
@@ -89,20 +91,20 @@ def _project(attn: nn.Module, x: Tensor, rope: Tensor | None) -> tuple[Tensor, T
     return query, key, value
 
 
-def _joint_projection(attn: nn.Module, x: Tensor) -> Tensor:
+def _joint_projection(attn: Any, x: Tensor) -> Tensor:
     if getattr(attn, "q_bias", None) is None:
         return attn.qkv(x)
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
 
 
-def _rotate(attn: nn.Module, x: Tensor, rope: Tensor) -> Tensor:
+def _rotate(attn: Any, x: Tensor, rope: Tensor) -> Tensor:
     prefix = attn.num_prefix_tokens
     rotated = apply_rot_embed_cat(x[:, :, prefix:], rope, half=getattr(attn, "rotate_half", False))
     return torch.cat([x[:, :, :prefix], rotated.to(x.dtype)], dim=2)
 
 
-def _finish(attn: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+def _finish(attn: Any, out: Tensor, x: Tensor) -> Tensor:
     if hasattr(attn, "norm"):
         out = attn.norm(out)
     if getattr(attn, "gate", None) is not None:

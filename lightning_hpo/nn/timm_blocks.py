@@ -5,6 +5,7 @@ are: checkpoints fit both ways, and changing the class back undoes it exactly.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
 from timm.models.metaformer import MetaFormerBlock
@@ -34,7 +35,7 @@ class CompressedBlock(nn.Module):
         """Residual branch around the MLP."""
         raise NotImplementedError
 
-    def mixer(self) -> nn.Module:
+    def mixer(self) -> Any:
         """The attention layer."""
         return self.attn
 
@@ -67,7 +68,7 @@ class CompressedBlock(nn.Module):
         return state.restore_grid(x) if slot.restores else x
 
 
-class CompressedViTBlock(CompressedBlock, Block):
+class CompressedViTBlock(CompressedBlock, Block):  # type: ignore[misc] # `forward` takes `rope`, too
     """Pre-norm block of ViT, DeiT, DINOv2, SigLIP."""
 
     def attention_branch(self, x: Tensor, attention: Attend) -> Tensor:
@@ -79,7 +80,7 @@ class CompressedViTBlock(CompressedBlock, Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
-class CompressedResPostBlock(CompressedBlock, ResPostBlock):
+class CompressedResPostBlock(CompressedBlock, ResPostBlock):  # type: ignore[misc]
     """Block with the norm after each branch."""
 
     def attention_branch(self, x: Tensor, attention: Attend) -> Tensor:
@@ -115,7 +116,7 @@ class CompressedEvaBlockPostNorm(CompressedBlock, EvaBlockPostNorm):
 class CompressedMetaFormerBlock(CompressedBlock, MetaFormerBlock):
     """Attention block of CAFormer."""
 
-    def mixer(self) -> nn.Module:
+    def mixer(self) -> Any:
         """The attention layer."""
         return self.token_mixer
 
@@ -133,7 +134,7 @@ def _weighted_mean(x: Tensor, weight: Tensor) -> Tensor:
     return ((x * weight).sum(1) / weight.sum(1)).to(x.dtype)
 
 
-def _attention_pool(pool: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor:
+def _attention_pool(pool: Any, x: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return pool(x)
     return pool(x, attn_mask=(weight + _MASK_EPS).log()[:, None, None, :].to(x.dtype))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import PatchEmbed
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_hpo.functional.compression.macs import BlockMacs, TransformerMacs
+from lightning_hpo.functional.compression.rates import RateLayout
 from lightning_hpo.nn.timm_attention import SUPPORTED_ATTENTION
 from lightning_hpo.nn.timm_blocks import COMPRESSED_BLOCKS, COMPRESSED_MODELS, CompressedBlock
 
@@ -50,20 +51,14 @@ class Anatomy:
     Args:
         model: The network.
         blocks: Its transformer blocks, in the order in which they run.
-        prefix: Class, distillation and register tokens.
-        exempt: Blocks that never compress.
-        prunes: Whether tokens may be dropped; False where the grid must be restored, which allows merging only.
+        layout: Which of them compress, and what they cost. A network whose grid must be whole again only merges.
         importance: How patches are ranked by default.
-        cost: Multiply-accumulates as a function of the kept counts.
     """
 
     model: nn.Module
     blocks: tuple[nn.Module, ...]
-    prefix: int
-    exempt: tuple[bool, ...]
-    prunes: bool
+    layout: RateLayout
     importance: Literal["class", "mean"]
-    cost: TransformerMacs
 
     @property
     def has_class_token(self) -> bool:
@@ -121,7 +116,7 @@ def describe(model: nn.Module, image_size: int | None = None) -> Anatomy:
     return anatomy
 
 
-def _describe_vit(model: nn.Module) -> Anatomy:
+def _describe_vit(model: Any) -> Anatomy:
     blocks = tuple(model.blocks)
     if not blocks or any(type(b) not in COMPRESSED_BLOCKS or type(b.attn) not in SUPPORTED_ATTENTION for b in blocks):
         raise TypeError(_nothing_found(model))
@@ -132,10 +127,10 @@ def _describe_vit(model: nn.Module) -> Anatomy:
     entry = (model.patch_embed.num_patches + prefix,) * len(blocks)
     cost = TransformerMacs(_stem_and_head(model, entry[0]), entry, tuple(_block_macs(b, b.attn) for b in blocks))
     importance: Literal["class", "mean"] = "class" if model.cls_token is not None else "mean"
-    return Anatomy(model, blocks, prefix, tuple(exempt), True, importance, cost)
+    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix), importance)
 
 
-def _check_pooling(model: nn.Module) -> bool:
+def _check_pooling(model: Any) -> bool:
     """Whether the head reads the patches; refuses heads that would read dropped tokens as if they were there."""
     pooling = "token" if isinstance(model, VisionTransformerDistilled) else model.global_pool
     if pooling not in ("token", "avg", "map"):
@@ -148,7 +143,7 @@ def _check_pooling(model: nn.Module) -> bool:
     return pooling != "token"
 
 
-def _describe_caformer(model: nn.Module, image_size: int | None) -> Anatomy:
+def _describe_caformer(model: Any, image_size: int | None) -> Anatomy:
     stages = list(model.stages)
     convolutional = [isinstance(s.blocks[0].token_mixer, SepConv) for s in stages]
     if convolutional != [True, True, False, False]:
@@ -159,11 +154,11 @@ def _describe_caformer(model: nn.Module, image_size: int | None) -> Anatomy:
     depths = [len(stage.blocks) for stage in stages]
     cost = TransformerMacs.caformer(widths, depths, size, model.num_classes)
     blocks = tuple(block for stage in stages[2:] for block in stage.blocks)
-    exempt = [index in (0, depths[2] - 1) or index >= depths[2] for index in range(len(blocks))]
-    return Anatomy(model, blocks, 0, tuple(exempt), False, "mean", cost)
+    exempt = [index in (0, depths[2] - 1) or index >= depths[2] for index in range(len(blocks))]  # the paper's
+    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix=0, prunes=False), "mean")
 
 
-def _block_macs(block: nn.Module, attn: nn.Module) -> BlockMacs:
+def _block_macs(block: Any, attn: Any) -> BlockMacs:
     return BlockMacs(_linear_weights(attn), 2 * attn.num_heads * attn.head_dim, _linear_weights(block.mlp))
 
 
@@ -171,7 +166,7 @@ def _linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _stem_and_head(model: nn.Module, tokens: int) -> int:
+def _stem_and_head(model: Any, tokens: int) -> int:
     heads = sum(_linear_weights(getattr(model, name)) for name in ("head", "head_dist") if hasattr(model, name))
     if type(model.patch_embed) is PatchEmbed:
         return tokens * model.patch_embed.proj.weight.numel() + heads  # the paper charges prefix tokens, too

@@ -1,0 +1,145 @@
+"""From learned kept counts to a schedule, and from a budget to a gradient."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.functional.compression.macs import TransformerMacs
+from lightning_hpo.functional.compression.schedule import TokenCompressionSchedule
+
+__all__ = ["RateLayout"]
+
+
+@dataclass(frozen=True)
+class RateLayout:
+    """Which blocks of a network have rates to learn.
+
+    Args:
+        cost: Multiply-accumulates as a function of the kept counts.
+        exempt: Blocks that never compress.
+        prefix: Tokens that are always kept.
+        prunes: Whether tokens may be dropped; otherwise they are only merged.
+
+    Example:
+        >>> layout = RateLayout(TransformerMacs.vit(width=8, depth=3, patches=16), (True, False, False))
+        >>> layout.blocks, layout.kinds
+        ((1, 2), 2)
+    """
+
+    cost: TransformerMacs
+    exempt: tuple[bool, ...]
+    prefix: int = 1
+    prunes: bool = True
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks that compress, counted from 0."""
+        return tuple(index for index, exempt in enumerate(self.exempt) if not exempt)
+
+    @property
+    def kinds(self) -> int:
+        """Kept counts a block: after pruning and after merging, or after merging alone."""
+        return 2 if self.prunes else 1
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens that enter the first block."""
+        return self.cost.entry[0] - self.prefix
+
+    def counts(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Kept counts of every block, exempt blocks filled in.
+
+        Args:
+            kept: Patches kept by the compressing blocks, prefix not counted, shape ``(kinds, blocks)``.
+
+        Returns:
+            Tokens after pruning and after merging, prefix counted, each of shape ``(depth,)``.
+
+        Example:
+            >>> layout = RateLayout(TransformerMacs.vit(width=8, depth=3, patches=16), (True, False, False))
+            >>> layout.counts(torch.tensor([[9.0, 6.0], [8.0, 5.0]]))
+            (tensor([17., 10.,  7.]), tensor([17.,  9.,  6.]))
+        """
+        nothing = [kept.new_full((2,), float(tokens)) for tokens in self.cost.entry]  # fills need no copy from the host
+        learned = iter((kept + self.prefix).unbind(1))
+        columns = [full if exempt else next(learned) for full, exempt in zip(nothing, self.exempt, strict=True)]
+        if not self.prunes:
+            columns = [torch.stack([full[0], column[-1]]) for full, column in zip(nothing, columns, strict=True)]
+        prune, merge = torch.stack(columns, 1)
+        return prune, merge
+
+    def schedule(self, kept: Tensor) -> TokenCompressionSchedule:
+        """The schedule that the kept counts amount to, running minimum taken; reads them back to the host.
+
+        Args:
+            kept: As for :meth:`counts`.
+
+        Returns:
+            The schedule with its cost.
+
+        Raises:
+            ValueError: If a count is not finite.
+
+        Example:
+            >>> layout = RateLayout(TransformerMacs.vit(width=8, depth=3, patches=16), (True, False, False))
+            >>> layout.schedule(torch.tensor([[9.0, 12.0], [8.0, 5.0]])).prune
+            (17, 10, 9)
+        """
+        if not bool(torch.isfinite(kept).all()):
+            raise ValueError("The rates are not finite because the training loss was not; check loss and precision.")
+        prune, merge = (counts.round().long().tolist() for counts in self.counts(kept))
+        alive = TokenCompressionSchedule(tuple(prune), tuple(merge), self.cost.entry, self.prefix).running()
+        return TokenCompressionSchedule(
+            tuple(after for _, after, _ in alive),
+            tuple(left for _, _, left in alive),
+            self.cost.entry,
+            self.prefix,
+            macs=self.cost.count(prune, merge),
+            full_macs=self.cost.full,
+        )
+
+    def budget_slope(self, kept: Tensor, budget: float, weight: float, unit: float) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Cost, budget loss :math:`w ((F - T) / u)^2` and its slope in the kept counts, all on the device.
+
+        Args:
+            kept: As for :meth:`counts`.
+            budget: Multiply-accumulates :math:`T` to meet.
+            weight: The weight :math:`w`.
+            unit: The unit :math:`u`: ``1e9`` in the paper, the dense cost for the relative loss.
+
+        Returns:
+            Cost, loss, and slope of shape ``(kinds, blocks)``, equal for the kinds of a block as in the paper.
+
+        References:
+            Chen et al., "DiffRate", ICCV 2023, eq. 9.
+
+        Example:
+            >>> layout = RateLayout(TransformerMacs.vit(width=8, depth=3, patches=16), (True, False, False))
+            >>> kept = torch.full((2, 2), 9.0)
+            >>> macs, loss, slope = layout.budget_slope(kept, budget=layout.cost.full, weight=1.0, unit=1e3)
+            >>> bool((slope < 0).all())  # below the budget: keep more
+            True
+        """
+        macs, slope = self.cost.count_and_slope(*self.counts(kept.detach()))
+        excess = (macs - budget) / unit
+        rows = torch.stack([slope[index] for index in self.blocks])
+        return macs, weight * excess.square(), (2 * weight / unit * excess * rows).expand_as(kept)
+
+    def reachable(self, granularity: int = 1) -> tuple[int, int]:
+        """Cost of the shortest schedule that can be learned, and of the dense network.
+
+        Args:
+            granularity: Step of the candidate counts.
+
+        Returns:
+            Both bounds on a budget.
+
+        Example:
+            >>> RateLayout(TransformerMacs.vit(width=384, depth=12, patches=196), (True,) + (False,) * 11).reachable()
+            (620653056, 4599177216)
+        """
+        fewest = self.prefix + (self.patches - 1) % granularity + 1
+        least = [full if exempt else fewest for full, exempt in zip(self.cost.entry, self.exempt, strict=True)]
+        prune = least if self.prunes else self.cost.entry
+        return self.cost.count(prune, least), self.cost.full
