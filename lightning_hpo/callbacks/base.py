@@ -4,12 +4,13 @@ import ast
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_hpo.state import restored, saved
 
 __all__ = ["MethodCallback"]
 
@@ -51,24 +52,24 @@ class MethodCallback(Callback):
         wrong = [f"`{n}` is missing" for n in self._STATE if n not in state_dict]
         wrong += [f"`{n}` is unknown" for n in state_dict if n not in self._STATE]
         self.raise_all(f"the checkpoint's state does not fit this version: {problem}" for problem in wrong)
-        for name, saved in state_dict.items():
-            if getattr(self, name) is None and saved is not None:
-                self._waiting()[name] = saved
+        for name, state in state_dict.items():
+            if getattr(self, name) is None and state is not None:
+                self._waiting()[name] = state
             else:
-                self._restore(name, saved)
+                setattr(self, name, restored(getattr(self, name), state, name))
 
     def restore_pending(self) -> None:
         """Applies the loaded state of attributes that were ``None`` when the checkpoint was read."""
         pending = self._waiting()
-        while pending:
-            self._restore(*pending.popitem())
+        for name in list(pending):
+            setattr(self, name, restored(getattr(self, name), pending.pop(name), name))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that holds this method's state for other identifying arguments."""
-        saved = checkpoint.get("callbacks") or {}
+        keys = checkpoint.get("callbacks") or {}
         claimed = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
-        if self._STATE and self.state_key not in saved:
-            others = [k for k in saved if k.startswith(f"{type(self).__qualname__}{{") and k not in claimed]
+        if self._STATE and self.state_key not in keys:
+            others = [k for k in keys if k.startswith(f"{type(self).__qualname__}{{") and k not in claimed]
             self.raise_all(self._key_difference(other) for other in others)
 
     def hyperparameters(self) -> dict[str, float | list[float]]:
@@ -136,21 +137,8 @@ class MethodCallback(Callback):
         return self.__dict__.setdefault("_pending", {})  # subclasses need not call `super().__init__`
 
     def _saved(self, name: str) -> Any:
-        value = getattr(self, name)
-        if value is None:
-            value = self._waiting().get(name)
-        return _plain(value.state_dict() if hasattr(value, "state_dict") else value, f"{type(self).__name__}.{name}")
-
-    def _restore(self, name: str, saved: Any) -> None:
-        value = getattr(self, name)
-        if hasattr(value, "load_state_dict"):
-            if saved is not None:  # None: the checkpoint is older than the object
-                value.load_state_dict(saved)
-        elif isinstance(value, Tensor) and isinstance(saved, Tensor) and value.shape == saved.shape:
-            with torch.no_grad():
-                value.copy_(saved)  # in place: an optimizer may hold this very tensor
-        else:
-            setattr(self, name, _plain(saved, name))
+        value = self._waiting().get(name) if getattr(self, name) is None else getattr(self, name)
+        return saved(value, f"{type(self).__name__}.{name}")
 
     def _key_difference(self, other: str) -> str:
         try:
@@ -165,18 +153,3 @@ class MethodCallback(Callback):
 
 def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A deep copy in types that weights-only loading accepts."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return value
-    raise TypeError(
-        f"`{where}` is a `{type(value).__name__}`; state holds tensors, containers, numbers and strings only"
-    )

@@ -184,6 +184,15 @@ def test_a_checkpoint_of_other_arguments_is_refused_by_name(tmp_path: Path) -> N
 
 
 @RESUMED
+def test_arguments_that_cannot_be_compared_are_shown(tmp_path: Path) -> None:
+    path = saved_by(tmp_path, Owner(print))  # type: ignore[arg-type]
+    with pytest.raises(
+        MisconfigurationException, match=r"written by `Owner\{.*print>\}`, this is `Owner\{'name': 'a'\}`"
+    ):
+        trainer_with(Owner("a"), ModelCheckpoint(tmp_path), max_epochs=2).fit(Small(), ckpt_path=path)
+
+
+@RESUMED
 def test_a_second_instance_may_be_added_on_resuming(tmp_path: Path) -> None:
     path = saved_by(tmp_path, Owner("a"))
     old, new = Owner("a"), Owner("b")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from matplotlib.image import imread
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -243,6 +243,46 @@ def test_a_logger_with_log_image_receives_an_array(tmp_path: Path) -> None:
     assert (key, step, image.dtype, image.shape[2]) == ("hyperparameters", 12, np.uint8, 3)
     saved = imread(tmp_path / "hyperparameters.png")
     np.testing.assert_allclose(image / 255, saved[..., :3], atol=1 / 255)
+
+
+class Recorder:
+    """Stands for the client of a tracking service."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def log_figure(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append((*args, kwargs))
+
+
+def test_mlflow_and_comet_receive_the_figure() -> None:
+    class MLflow(MLFlowLogger):
+        experiment, run_id = Recorder(), "run"
+
+        def __init__(self) -> None: ...
+
+    class Comet(CometLogger):
+        experiment = Recorder()
+
+        def __init__(self) -> None: ...
+
+    figure = report_module._draw([{"step": 0, "epoch": 0, "values": {"a": 1.0}}])
+    report_module._send_picture(MLflow(), figure, step=7)
+    report_module._send_picture(Comet(), figure, step=7)
+    assert MLflow.experiment.calls == [("run", figure, "hyperparameters.png", {})]
+    assert Comet.experiment.calls == [({"figure_name": "hyperparameters", "figure": figure, "step": 7},)]
+
+
+def test_an_error_before_training_writes_nothing(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_fit_start(self, *args: Any) -> None:
+            raise RuntimeError("early")
+
+    report = HyperparameterReport(tmp_path)
+    report.load_state_dict({"records": [{"step": 3, "epoch": 0, "values": {"a": 1.0}}]})
+    with pytest.raises(RuntimeError, match="early"):
+        fit(Toy(), report, Fails())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_rank_zero_writes_and_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
