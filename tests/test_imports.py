@@ -54,9 +54,13 @@ def imports(tree: ast.AST, module: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def without_type_checking(tree: ast.Module) -> ast.Module:
-    body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
-    return ast.Module(body, [])
+def eager(tree: ast.Module) -> ast.Module:
+    """What runs when the module is imported."""
+    lazy = (ast.FunctionDef, ast.AsyncFunctionDef)
+    skipped = [
+        n for n in tree.body if isinstance(n, lazy) or (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))
+    ]
+    return ast.Module([node for node in tree.body if node not in skipped], [])
 
 
 def layer_problems(path: str, source: str) -> list[str]:
@@ -64,9 +68,7 @@ def layer_problems(path: str, source: str) -> list[str]:
     module = path.removesuffix(".py").replace("/", ".")
     tree = ast.parse(source)
     if path.endswith("__init__.py"):  # costs nothing, or importing any one method would cost them all
-        return [
-            n for n in imports(without_type_checking(tree), module) if n.split(".")[0] not in sys.stdlib_module_names
-        ]
+        return [n for n in imports(eager(tree), module) if n.split(".")[0] not in sys.stdlib_module_names]
     others, ours = RULES[module.split(".")[1]]
     problems = []
     for name in imports(tree, module):
@@ -138,6 +140,7 @@ def test_the_layer_check_finds_trespassers(path: str, source: str) -> None:
         ("callbacks/x.py", "from lightning_hpo.callbacks.base import MethodCallback\nimport timm, os"),
         ("models/x.py", "from lightning_hpo.callbacks.x import X"),
         ("nn/__init__.py", "if TYPE_CHECKING:\n    import torch\nimport os"),
+        ("cli/__init__.py", "def main():\n    from lightning_hpo.cli.run import main"),
     ],
 )
 def test_the_layer_check_lets_neighbours_in(path: str, source: str) -> None:
