@@ -300,6 +300,18 @@ def test_only_rank_zero_writes_and_logs(tmp_path: Path, monkeypatch: pytest.Monk
     assert report.records  # but every rank keeps the course, so that all have it after a resume
 
 
+def test_two_processes_write_one_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Writes(HyperparameterReport):
+        def _report(self, trainer: Trainer) -> None:
+            super()._report(trainer)
+            (tmp_path / f"rank{trainer.global_rank}").write_text(str(len(self.records)))
+
+    fit(Toy(), Writes(tmp_path / "out"), strategy="ddp_fork", devices=2)
+    assert {file.name: file.read_text() for file in tmp_path.glob("rank*")} == {"rank0": "5", "rank1": "5"}
+    assert [int(row["step"]) for row in rows(tmp_path / "out")] == [0, 2, 3, 4, 6]
+    assert capfd.readouterr().out.count("Learned hyperparameters") == 1
+
+
 def test_nothing_learned_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="nothing to report: no callback learned"):
         fit(HyperparameterReport(tmp_path))
