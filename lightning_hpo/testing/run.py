@@ -1,5 +1,6 @@
 """Short, quiet runs of the Trainer, in one process or on two ranks, and a record of what came out."""
 
+import copy
 import os
 import tempfile
 import warnings
@@ -36,6 +37,7 @@ class Outcome:
         knobs: What the method had learned when training began and after every micro-batch.
         logged: Keys of everything logged.
         global_step: Optimizer steps taken.
+        first: The method's state when training began, which is what a checkpoint brought back.
         module: The module's state at the end of training.
         method: The method's state at the end of training.
         optimizers: The optimizers' states at the end of training.
@@ -45,6 +47,7 @@ class Outcome:
     knobs: list[dict[str, Any]] = field(default_factory=list)
     logged: list[str] = field(default_factory=list)
     global_step: int = 0
+    first: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     optimizers: list[Any] = field(default_factory=list)
@@ -71,6 +74,7 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the first values."""
         self.outcome.knobs.append(self._learned())
+        self.outcome.first = {} if self.method is None else copy.deepcopy(self.method.state_dict())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Pulls the plug."""
@@ -90,8 +94,8 @@ class Recorder(Callback):
         end.global_step = trainer.global_step
         end.logged = sorted(trainer.callback_metrics)
         end.module = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
-        end.optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
-        end.method = {} if self.method is None else dict(self.method.state_dict())
+        end.optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
+        end.method = {} if self.method is None else copy.deepcopy(self.method.state_dict())
         if self.folder is not None:
             torch.save(asdict(end), self.folder / f"rank{trainer.global_rank}.pt")
 
