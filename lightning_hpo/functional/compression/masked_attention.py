@@ -49,9 +49,10 @@ def masked_attention(
     .. math:: o_j = \frac{\sum_k A_{jk} M_k v_k + A_{jj} (1 - M_j) v_j}{\sum_k A_{jk} M_k + A_{jj} (1 - M_j)},
 
     so the mask is only a factor of the values: one fused call with the columns :math:`M v` and :math:`M` returns both
-    sums. One more key, of logit 0, returns the normaliser that :math:`A_{jj}` needs; it is a constant in the backward
-    pass, which is exact for masks of zeros and ones. The denominator is at least ``1e-6``, which bounds how strongly a
-    dead token may ask to be kept, as the smoothing of the paper does.
+    sums. One more key, whose logit is that of the token with itself, returns :math:`A_{jj}` whatever the range of the
+    logits; it is a constant in the backward pass, which is exact for the mask, and for everything else where nothing
+    reads the outputs of dead tokens. The denominator is at least ``1e-6``, which bounds how strongly a dead token may
+    ask to be kept, as the smoothing of the paper does.
 
     Args:
         query: Shape ``(batch, heads, tokens, width)``.
@@ -79,16 +80,14 @@ def masked_attention(
     spare = -(width + 2) % 8  # fused kernels want a multiple of eight
     live = mask[:, None, :, None].to(value.dtype).expand(*value.shape[:-1], 1)
     tilt = bias[:, None, :, None].to(key.dtype).expand_as(live)
-    zeros = torch.zeros((), dtype=value.dtype, device=value.device).expand(*value.shape[:-1], spare + 1)
-    extra_key = zeros.new_zeros(()).expand(*value.shape[:2], 1, width + 2 + spare)
-    extra_value = F.pad(zeros.new_ones(1), (width + 1, spare)).expand_as(extra_key)
-    wide_query = torch.cat([query, torch.ones_like(live), zeros], -1)
-    wide_key = torch.cat([torch.cat([key, tilt / scale, zeros], -1), extra_key], -2)
-    wide_value = torch.cat([torch.cat([value * live, live, zeros], -1), extra_value], -2)
-    sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=scale)
-    plain, total, normaliser, _ = sums.split([width, 1, 1, spare], -1)
     with torch.no_grad():
-        self_logit = (query * key).sum(-1, keepdim=True) * scale + tilt
-        self_share = normaliser * self_logit.exp()
-    own = self_share * (1 - live)
+        self_logit = (query * key).sum(-1, keepdim=True) + tilt / scale
+    zeros = torch.zeros((), dtype=value.dtype, device=value.device).expand(*value.shape[:-1], spare + 1)
+    extra = F.pad(zeros.new_ones(1), (width + 1, spare)).expand(*value.shape[:2], 1, -1)  # key and value alike
+    wide_query = torch.cat([query, torch.ones_like(live), self_logit, zeros[..., :spare]], -1)
+    wide_key = torch.cat([torch.cat([key, tilt / scale, zeros], -1), extra], -2)
+    wide_value = torch.cat([torch.cat([value * live, live, zeros], -1), extra], -2)
+    sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=scale)
+    plain, total, self_share, _ = sums.split([width, 1, 1, spare], -1)
+    own = self_share.detach() * (1 - live)
     return torch.addcmul(plain, own, value) / (total + own).clamp(min=_FAINT)
