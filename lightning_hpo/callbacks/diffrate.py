@@ -20,9 +20,11 @@ from lightning_hpo.functional.compression.schedule import TokenCompressionSchedu
 from lightning_hpo.hyper import HyperparameterSet, Simplex
 from lightning_hpo.nn.diffrate import attach, remove_token_compression, set_schedule
 from lightning_hpo.nn.timm_models import Anatomy, describe, find_networks
+from lightning_hpo.nn.token_state import TokenState
 
 __all__ = ["TokenCompression"]
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WEIGHT = {"relative": 100.0, "absolute": 5.0}
 
 
@@ -44,8 +46,8 @@ class TokenCompression(MethodCallback):
         granularity: Step of the candidate counts.
         lr: First learning rate of the rates.
         min_lr: Last learning rate of the rates.
-        macs_loss: ``"relative"`` is the default for fractions; ``"absolute"``, the default otherwise, is the paper's
-            :math:`w ((F - T) / 10^9)^2`.
+        macs_loss: ``"relative"``, as above, or ``"absolute"``, the paper's :math:`w ((F - T) / 10^9)^2`, whose weight
+            suits networks of a few G only.
         macs_weight: The weight :math:`w`; 100 for the relative loss, 5 (the paper's) for the absolute one.
         importance: ``"class"`` or ``"mean"``; see :func:`~lightning_hpo.apply_token_compression`.
         matching: ``"features"`` or ``"keys"``.
@@ -85,7 +87,7 @@ class TokenCompression(MethodCallback):
         granularity: int = 1,
         lr: float = 0.01,
         min_lr: float = 0.001,
-        macs_loss: Literal["relative", "absolute"] | None = None,
+        macs_loss: Literal["relative", "absolute"] = "relative",
         macs_weight: float | None = None,
         importance: Literal["class", "mean"] | None = None,
         matching: Literal["features", "keys"] = "features",
@@ -98,7 +100,7 @@ class TokenCompression(MethodCallback):
         self.fraction, self.macs = parse_budget(target)
         self.module, self.freeze, self.granularity = module, freeze, granularity
         self.lr, self.min_lr, self.total_steps, self.image_size = lr, min_lr, total_steps, image_size
-        self.macs_loss = macs_loss or ("relative" if self.fraction else "absolute")
+        self.macs_loss = macs_loss
         self.macs_weight = _WEIGHT.get(self.macs_loss, 0.0) if macs_weight is None else macs_weight
         self.importance, self.matching, self.size_rule = importance, matching, size_rule
         if problems := self._argument_problems():
@@ -108,8 +110,10 @@ class TokenCompression(MethodCallback):
         self.step = 0
         self._anatomy: Anatomy | None = None  # while attached
         self._layout: RateLayout | None = None  # once the network is known
+        self._tokens: TokenState | None = None  # while attached
         self._frozen: list[tuple[nn.Parameter, bool]] = []
         self._anchor: nn.Parameter | None = None
+        self._held: list[nn.Module] = []
         self._horizon = math.inf
 
     def _argument_problems(self) -> list[str]:
@@ -178,7 +182,8 @@ class TokenCompression(MethodCallback):
             self.require_automatic_optimization(pl_module)
             self._refuse_patch_dropout(anatomy.model)
             self._optimize_anew()
-        attach(anatomy, self.importance, self.matching, self.size_rule, False, self.granularity, self._probabilities)
+        rules = (self.importance, self.matching, self.size_rule)
+        self._tokens = attach(anatomy, *rules, granularity=self.granularity, probabilities=self._probabilities)
         self._anatomy = anatomy
         if stage == "fit" and self.freeze:
             self._freeze(pl_module, anatomy)
@@ -256,6 +261,9 @@ class TokenCompression(MethodCallback):
         """Fixes the length of the cosine, now that the loaders are known."""
         if any(getattr(module, "grad_checkpointing", False) for module in pl_module.modules()):
             raise ValueError("Gradient checkpointing runs blocks twice, out of order; turn it off.")
+        self._learn(True)
+        if self.freeze:
+            self._hold_batch_statistics(pl_module)
         steps = self.total_steps or trainer.estimated_stepping_batches
         self._horizon = steps if steps > 0 else math.inf
         if math.isinf(self._horizon):
@@ -282,6 +290,11 @@ class TokenCompression(MethodCallback):
             values |= self._block_counts()
         self.log_values(pl_module, values)
 
+    def _hold_batch_statistics(self, pl_module: LightningModule) -> None:
+        """Running statistics are weights, too: they stay what they are."""
+        norms = [m for m in pl_module.modules() if isinstance(m, _BATCH_NORMS) and m.training]
+        self._held += [norm.eval() for norm in norms]
+
     def _add_budget_gradient(self) -> dict[str, Tensor | float]:
         layout, kept = cast(RateLayout, self._layout), self._kept()
         full = float(layout.cost.full)
@@ -305,15 +318,22 @@ class TokenCompression(MethodCallback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shortens the sequences as learned so far."""
-        self._shorten(trainer)
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def _shorten(self, trainer: Trainer) -> None:
+        self._learn(False)
         if self.step == 0 and trainer.state.fn != "fit":
             rank_zero_warn("No rates have been learned or loaded, so `TokenCompression` leaves the network dense.")
         elif self._anatomy is not None:
             set_schedule(self._anatomy, self.schedule)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes back to learning, if validation was a part of training."""
+        self._learn(trainer.state.fn == "fit" and not trainer.sanity_checking)
+
+    def _learn(self, learning: bool) -> None:
+        if self._tokens is not None:
+            self._tokens.learning = learning
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -330,7 +350,9 @@ class TokenCompression(MethodCallback):
             remove_token_compression(self._anatomy.model)
         for parameter, required in self._frozen:
             parameter.requires_grad_(required)
-        self._anatomy, self._anchor, self._frozen = None, None, []
+        for norm in self._held:
+            norm.train()
+        self._anatomy, self._tokens, self._anchor, self._frozen, self._held = None, None, None, [], []
 
     # The rates
 

@@ -48,7 +48,7 @@ class CompressedBlock(nn.Module):
         slot = self.token_compression
         state = slot.state
         if slot.opens:
-            state.begin(x, slot.entry, learning=self.training and slot.learns)
+            state.begin(x, slot.entry, slot.learns)
         plan = None if state.plan is None or slot.row is None else KeptPlan(*(part[:, slot.row] for part in state.plan))
         prune, merge = min(slot.prune, x.shape[1]), min(slot.merge, x.shape[1])
         slices = state.plan is None and min(prune, merge) < x.shape[1]

@@ -56,7 +56,9 @@ class TokenState:
         rules: How tokens are ranked, matched and weighed.
         trace: Whether to record which token each patch ended in.
         granularity: Step of the candidate counts while learning.
-        probabilities: Returns the probabilities of the candidate counts while rates are learned; None otherwise.
+        probabilities: Returns the probabilities of the candidate counts, where rates are learned.
+        learning: Whether passes are masked and differentiable in the rates. Not read from ``training``: a frozen
+            network may well be in eval mode while its rates are learned.
     """
 
     prefix: int
@@ -64,6 +66,7 @@ class TokenState:
     trace: bool = False
     granularity: int = 1
     probabilities: Callable[[], Tensor] | None = None
+    learning: bool = False
     size: Tensor | None = field(default=None, init=False)
     mask: Tensor | None = field(default=None, init=False)
     living: Tensor | None = field(default=None, init=False)
@@ -74,9 +77,10 @@ class TokenState:
     def __getstate__(self) -> dict[str, Any]:
         """Settings without the tensors of the latest pass, which may carry a graph, and without the learner."""
         kept = ("prefix", "rules", "trace", "granularity")
-        return {name: value if name in kept else None for name, value in self.__dict__.items()}
+        state = {name: value if name in kept else None for name, value in self.__dict__.items()}
+        return {**state, "learning": False}
 
-    def begin(self, x: Tensor, entry: int, learning: bool) -> None:
+    def begin(self, x: Tensor, entry: int, learns: bool) -> None:
         """Starts a pass, or a segment of a hierarchical network, at its first block.
 
         Raises:
@@ -90,7 +94,7 @@ class TokenState:
         self.size = self.mask = self.living = self.positions = self.plan = None
         patches = torch.arange(entry - self.prefix, device=x.device).expand(x.shape[0], -1)
         self.group = patches if self.trace else None
-        if learning and self.probabilities is not None:
+        if learns and self.learning and self.probabilities is not None:
             self.plan = kept_plan(self.probabilities(), entry - self.prefix, self.granularity)
 
     def log_size(self) -> Tensor | None:
