@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 console = Console()
@@ -132,3 +133,20 @@ def _command(script: str, chosen: Any) -> str:
 def rounded(timing: Timing) -> dict[str, float]:
     """Timing as plain figures."""
     return {name: float(f"{value:.4g}") for name, value in asdict(timing).items()}
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes allocated at the peak of a call beyond those allocated before it."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
