@@ -7,6 +7,7 @@ from torch import Tensor
 __all__ = ["masked_attention", "masked_softmax"]
 
 _FAINT = 1e-6  # smallest living share of a row's attention that is told from zero: the paper's epsilon
+_TINY = 1e-30  # smallest one that float32 and bfloat16 can divide by, and divide the result by once more
 
 
 def masked_softmax(logits: Tensor, mask: Tensor, eps: float = 1e-6) -> Tensor:
@@ -51,8 +52,9 @@ def masked_attention(
     so the mask is only a factor of the values: one fused call with the columns :math:`M v` and :math:`M` returns both
     sums. One more key, whose logit is that of the token with itself, returns :math:`A_{jj}` whatever the range of the
     logits; it is a constant in the backward pass, which is exact for the mask, and for everything else where nothing
-    reads the outputs of dead tokens. The denominator is at least ``1e-6``, which bounds how strongly a dead token may
-    ask to be kept, as the smoothing of the paper does.
+    reads the outputs of dead tokens. Where dead tokens would draw all but ``1e-6`` of a row's attention, the output is
+    still exact while its gradient shrinks in proportion, which bounds how strongly they may ask to be kept, as the
+    smoothing of the paper does.
 
     Args:
         query: Shape ``(batch, heads, tokens, width)``.
@@ -90,4 +92,6 @@ def masked_attention(
     sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=scale)
     plain, total, self_share, _ = sums.split([width, 1, 1, spare], -1)
     own = self_share.detach() * (1 - live)
-    return torch.addcmul(plain, own, value) / (total + own).clamp(min=_FAINT)
+    seen = (total + own).clamp(min=_FAINT if value.dtype == torch.float16 else _TINY)
+    out = torch.addcmul(plain, own, value) / seen
+    return torch.lerp(out.detach(), out, (seen.detach() / _FAINT).clamp(max=1.0))
