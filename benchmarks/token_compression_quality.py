@@ -1,0 +1,259 @@
+"""What does accuracy lose when tokens go: learned rates against rates by hand, at equal multiply-accumulates?
+
+A small ViT is trained on each data set that is present (scikit-learn's digits always are; MNIST, Fashion-MNIST and
+CIFAR-10 are looked for under `LIGHTNING_HPO_DATA`), then frozen, and rates are learned for several budgets. At the cost
+of each learned schedule the same network is compressed by hand, the same number of tokens in every block: merging with
+the same matching (`constant merging`), ToMe's bipartite merging (`ToMe`), pruning by class attention (`constant
+pruning`) and pruning in random order (`random pruning`). Three seeds, which decide weights, order of the data and, on
+the digits, the test images. Trained networks are kept in the system's folder for temporary files.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import RESULTS, conclude, console, device, parse, show
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from quality_plots import draw_accuracy, draw_groups, draw_rates
+from torch import Tensor, nn
+
+from lightning_hpo import TokenCompression, TokenCompressionSchedule, apply_token_compression
+from lightning_hpo.demos import (
+    CIFAR10DataModule,
+    DigitsDataModule,
+    FashionMNISTDataModule,
+    ImageClassifier,
+    MNISTDataModule,
+)
+from lightning_hpo.demos.image_data import ImageDataModule
+from lightning_hpo.functional.compression.schedule import constant_at_macs
+from lightning_hpo.nn.timm_models import describe
+from lightning_hpo.nn.token_state import RankedTokens, TokenState
+
+ASSETS = Path(__file__).parents[1] / "docs" / "assets"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, the network trained on it and how long the rates learn; the network has 6 blocks of width 64."""
+
+    data: type[ImageDataModule]
+    size: int
+    patch: int
+    channels: int = 1
+    epochs: int = 6
+    limit: int | None = 20_000
+    shift: int = 1
+    flip: bool = False
+    steps: int = 1000
+    targets: tuple[float, ...] = (0.8, 0.7, 0.6, 0.5, 0.4)
+
+    def loaders(self, seed: int) -> ImageDataModule:
+        """The images; the seed decides what is drawn where only part of them is used."""
+        flip = {"flip": True} if self.flip else {}
+        data = self.data(batch_size=64, seed=seed, val_fraction=0.0, shift=self.shift, limit=self.limit, **flip)
+        data.setup()
+        return data
+
+    def classifier(self) -> ImageClassifier:
+        """The network, untrained."""
+        grid = {"img_size": self.size, "patch_size": self.patch, "in_chans": self.channels}
+        return ImageClassifier(
+            model_args={**grid, "embed_dim": 64, "depth": 6, "num_heads": 4}, lr=2e-3, warmup_steps=100
+        )
+
+
+TASKS = {
+    "digits": Task(DigitsDataModule, 8, 2, epochs=60, limit=None),
+    "MNIST": Task(MNISTDataModule, 28, 4),
+    "Fashion-MNIST": Task(FashionMNISTDataModule, 28, 4, flip=True),
+    "CIFAR-10": Task(CIFAR10DataModule, 32, 4, channels=3, epochs=20, flip=True, shift=2),
+}
+
+
+class RandomOrder(TokenState):
+    """Ranks patches at random."""
+
+    def slice_tokens(self, x: Tensor, ranked: RankedTokens, prune: int, merge: int) -> Tensor:
+        """Keeps ``prune`` tokens, whichever."""
+        return super().slice_tokens(x, ranked._replace(scores=torch.rand_like(ranked.scores)), prune, merge)
+
+
+class Course(Callback):
+    """Writes down the kept tokens while they are learned."""
+
+    def __init__(self, compression: TokenCompression, every: int) -> None:
+        self.compression, self.every = compression, every
+        self.steps: list[int] = []
+        self.kept: list[tuple[int, ...]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Reads the schedule every so many steps."""
+        if trainer.global_step % self.every == 0:
+            self.steps.append(trainer.global_step)
+            self.kept.append(self.compression.schedule.merge)
+
+
+def trainer(**arguments: Any) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(accelerator=device().type, devices=1, **{**quiet, **arguments})
+
+
+def dense(name: str, task: Task, seed: int) -> tuple[ImageClassifier, ImageDataModule]:
+    """The trained network, from the folder for temporary files where it is there already."""
+    seed_everything(seed, verbose=False)
+    classifier, data = task.classifier(), task.loaders(seed)
+    told = {key: value for key, value in asdict(task).items() if key not in ("data", "steps", "targets")}
+    digest = hashlib.sha256(json.dumps([name, seed, told, torch.__version__], default=str).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / "lightning_hpo_benchmarks" / f"{digest}.pt"
+    if path.exists():
+        classifier.load_state_dict(torch.load(path, weights_only=True))
+        return classifier, data
+    trainer(max_epochs=task.epochs).fit(classifier, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(classifier.state_dict(), path)
+    return classifier, data
+
+
+def accuracy(model: nn.Module, data: ImageDataModule) -> float:
+    """Share of the test images that are right."""
+    model = model.eval().to(device())
+    right = total = 0
+    with torch.inference_mode():
+        for images, labels in data.test_dataloader():
+            right += int((model(images.to(device())).argmax(-1).cpu() == labels).sum())
+            total += len(labels)
+    return right / total
+
+
+def learn(classifier: LightningModule, data: ImageDataModule, target: float, steps: int) -> Course:
+    """Rates for one budget."""
+    compression = TokenCompression(target=target)
+    course = Course(compression, max(1, steps // 100))
+    trainer(max_steps=steps, callbacks=[compression, course]).fit(classifier.train(), data)
+    return course
+
+
+def by_hand(model: nn.Module, macs: float) -> Iterable[tuple[str, nn.Module, TokenCompressionSchedule]]:
+    """The same network under constant schedules of the same cost."""
+    layout = describe(model).layout
+    kinds: tuple[tuple[str, Literal["merge", "prune"], Any], ...] = (
+        ("constant merging", "merge", "features"),
+        ("ToMe", "merge", "bipartite"),
+        ("constant pruning", "prune", "features"),
+        ("random pruning", "prune", "features"),
+    )
+    for name, kind, matching in kinds:
+        schedule = constant_at_macs(layout.cost, macs, layout.prefix, kind)
+        network: Any = apply_token_compression(copy.deepcopy(model), schedule, matching=matching)
+        if name == "random pruning":
+            network.token_compression.__class__ = RandomOrder
+        yield name, network, schedule
+
+
+def run(name: str, task: Task, seed: int) -> tuple[list[dict[str, Any]], dict[float, Course]]:
+    classifier, data = dense(name, task, seed)
+    full = describe(classifier.model).layout.cost.full
+    same = {"data": name, "seed": seed}
+    rows: list[dict[str, Any]] = [
+        same | {"target": 1.0, "method": "dense", "macs": 1.0, "accuracy": accuracy(classifier.model, data)}
+    ]
+    console.print(f"{name}, seed {seed}: dense {rows[0]['accuracy']:.2%}")
+    courses = {}
+    for target in task.targets:
+        seed_everything(seed, verbose=False)
+        courses[target] = learn(classifier, data, target, task.steps)
+        schedule = courses[target].compression.schedule
+        forms = [("learned", apply_token_compression(copy.deepcopy(classifier.model), schedule), schedule)]
+        for method, network, used in [*forms, *by_hand(classifier.model, float(schedule.macs or 0))]:
+            rows.append(same | {"target": target, "method": method, "macs": round((used.macs or 0) / full, 4)})
+            rows[-1] |= {"accuracy": round(accuracy(network, data), 4), "prune": used.prune, "merge": used.merge}
+        found = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in rows[-5:])
+        console.print(f"{name}, seed {seed}, target {target}: {rows[-5]['macs']:.4f} of the cost; {found}")
+    return rows, courses
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and spread over the seeds."""
+    keys = list(dict.fromkeys((row["data"], row["target"], row["method"]) for row in rows))
+    table = []
+    for data, target, method in keys:
+        same = [row for row in rows if (row["data"], row["target"], row["method"]) == (data, target, method)]
+        right = [100 * row["accuracy"] for row in same]
+        spread = statistics.stdev(right) if len(right) > 1 else 0.0
+        macs = statistics.mean(row["macs"] for row in same)
+        figures = {"macs": round(macs, 4), "accuracy": round(statistics.mean(right), 2), "spread": round(spread, 2)}
+        table.append({"data": data, "target": target, "method": method, "seeds": len(same)} | figures)
+    return table
+
+
+def earlier(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the other data sets, from the file of the run before."""
+    path = RESULTS / f"{Path(__file__).stem}.json"
+    if not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["data"] not in names]
+
+
+def present(names: Sequence[str]) -> dict[str, Task]:
+    """Tasks whose data are there."""
+    found = {}
+    for name in names:
+        try:
+            replace(TASKS[name], limit=10).loaders(0)
+        except FileNotFoundError as error:
+            console.print(f"{name} left out: {error}")
+        else:
+            found[name] = TASKS[name]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    data = ("--data", {"nargs": "+", "choices": list(TASKS), "default": ["digits", "MNIST", "Fashion-MNIST"]})
+    seeds = ("--seeds", {"type": int, "default": 3, "help": "3 by default"})
+    assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
+    chosen = parse(__doc__, arguments, data, seeds, assets)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", message=".*(does not have many workers|LeafSpec|logging interval|across ranks is zero).*"
+    )
+    tasks = present(["digits"] if chosen.quick else chosen.data)
+    if chosen.quick:
+        tasks = {n: replace(t, epochs=1, limit=128, steps=4, targets=(0.7,)) for n, t in tasks.items()}
+    rows = [] if chosen.quick else earlier(list(tasks))
+    folder = chosen.assets or (None if chosen.quick else ASSETS)
+    for name, task in tasks.items():
+        for seed in range(1 if chosen.quick else chosen.seeds):
+            found, courses = run(name, task, seed)
+            rows += found
+            if seed == 0 and folder is not None:
+                draw_rates(folder / f"diffrate_rates_{name.lower()}.png", name, courses)
+                classifier, loaders = dense(name, task, seed)
+                draw_groups(folder / f"diffrate_groups_{name.lower()}.png", classifier.model, loaders, courses)
+    columns = {
+        "data": "",
+        "target": ".1f",
+        "method": "",
+        "seeds": "d",
+        "macs": ".4f",
+        "accuracy": ".2f",
+        "spread": ".2f",
+    }
+    means = summary(rows)
+    show("Accuracy in %: mean and standard deviation over the seeds", means, columns)
+    if folder is not None:
+        draw_accuracy(folder / "diffrate_accuracy_macs.png", means)
+    conclude(__file__, chosen, rows, summary=means, settings={name: str(task) for name, task in tasks.items()})
+
+
+if __name__ == "__main__":
+    main()
