@@ -50,7 +50,7 @@ def rate_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], 
     layout = anatomy.layout
     candidates = candidate_counts(layout.patches, device=images.device)
     logits = torch.zeros(layout.kinds, len(layout.blocks), len(candidates), device=images.device, requires_grad=True)
-    attach(anatomy, probabilities=lambda: logits.softmax(-1))
+    attach(anatomy, probabilities=lambda: logits.softmax(-1)).learning = True
     optimizer = torch.optim.AdamW([logits], lr=0.01, weight_decay=0.0)
     full = float(layout.cost.full)
 
