@@ -1,0 +1,80 @@
+"""Puts the figures of ``benchmarks/results/*.json`` into the pages, each table below the command that made it.
+
+    python docs/tools/results.py
+
+A page asks for a table with a comment ``results: <name>``, optionally ``results: <name> | column, column``. The tables
+are written into the Markdown itself, so that they are read without building the site.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["fill", "results_table"]
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = re.compile(r"(<!-- results: (\w+)(?: \| ([^>]*?))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def results_table(name: str, columns: str | None = None, folder: Path = RESULTS) -> str:
+    """The command, the machine and the rows of one benchmark.
+
+    Args:
+        name: Stem of the JSON file, and of the script.
+        columns: Keys of the rows to show, separated by commas; all by default.
+        folder: Where the file is.
+
+    Returns:
+        Markdown; a line that says so if nothing has been measured yet.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return f"`python benchmarks/{name}.py` has not been run yet; there are no figures.\n"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    keys = (
+        [key.strip() for key in columns.split(",")] if columns else list(dict.fromkeys(k for row in rows for k in row))
+    )
+    table = [keys, ["---:" if isinstance(rows[0].get(key), (int, float)) else "---" for key in keys]]
+    table += [[_text(row.get(key)) for key in keys] for row in rows]
+    lines = [
+        f"| {' | '.join(cell.replace('_', ' ') if n == 0 else cell for cell in row)} |" for n, row in enumerate(table)
+    ]
+    return "\n".join([f"`{found['command']}`, on {_machine(found['machine'])}:", "", *lines, ""])
+
+
+def fill(markdown: str) -> str:
+    """The page with its tables renewed."""
+    return MARK.sub(lambda m: f"{m[1]}\n{results_table(m[2], m[3])}\n{m[4]}", markdown)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    versions = [f"{name} {machine[name]}" for name in ("torch", "timm", "lightning") if name in machine]
+    return ", ".join([where, *versions])
+
+
+def main() -> int:
+    """Renews every page that asks for results, and says which changed."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        old = path.read_text(encoding="utf-8")
+        if (new := fill(old)) != old:
+            path.write_text(new, encoding="utf-8")
+            sys.stdout.write(f"renewed {path.relative_to(ROOT)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
