@@ -20,6 +20,7 @@ __all__ = ["COMPRESSED_BLOCKS", "COMPRESSED_MODELS", "ORIGINALS"]
 
 Attend = Callable[[Tensor], Tensor]
 _MASK_EPS = 1e-6  # share that attention pooling leaves a dead token, so that its gradient stays finite
+_NO_GRID = "Dense features need the whole grid, which token compression has shortened; undo it to read them."
 
 
 class CompressedBlock(nn.Module):
@@ -49,6 +50,7 @@ class CompressedBlock(nn.Module):
         state = slot.state
         if slot.opens:
             state.begin(x, slot.entry, slot.learns)
+        state.require_order()
         plan = None if state.plan is None or slot.row is None else KeptPlan(*(part[:, slot.row] for part in state.plan))
         prune, merge = min(slot.prune, x.shape[1]), min(slot.merge, x.shape[1])
         slices = state.plan is None and min(prune, merge) < x.shape[1]
@@ -155,6 +157,10 @@ class CompressedVisionTransformer(VisionTransformer):
         pool_type = self.global_pool if pool_type is None else pool_type
         return super().pool(x, pool_type) if weight is None or pool_type != "avg" else _weighted_mean(x, weight)
 
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: after a compressed block the grid is no longer whole."""
+        raise NotImplementedError(_NO_GRID)
+
 
 class CompressedEva(Eva):
     """EVA whose pooling weighs each token by the patches it stands for."""
@@ -168,6 +174,10 @@ class CompressedEva(Eva):
         weight = self.token_compression.pool_weights(x, 0.0)
         pool_type = self.global_pool if pool_type is None else pool_type
         return super().pool(x, pool_type) if weight is None or pool_type != "avg" else _weighted_mean(x, weight)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: after a compressed block the grid is no longer whole."""
+        raise NotImplementedError(_NO_GRID)
 
 
 COMPRESSED_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {

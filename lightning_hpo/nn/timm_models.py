@@ -31,16 +31,14 @@ _REFUSED = {
     "SwinTransformerV2Block": "it attends inside windows of the full grid",
     "SwinTransformerV2CrBlock": "it attends inside windows of the full grid",
     "HieraBlock": "it attends inside windows of the full grid",
-    "MultiScaleBlock": "its attention pools the full grid and adds a relative position bias",
+    "mvitv2.MultiScaleBlock": "its attention pools the full grid and adds a relative position bias",
     "LayerScaleBlock": "its talking heads mix the attention maps",
     "XCABlock": "it attends over channels, not tokens",
     "LevitBlock": "its attention bias belongs to the full grid",
     "TinyVitBlock": "it attends inside windows of the full grid",
     "NaFlexVit": "its sequence length varies from image to image",
-}
-_REFUSED_IN = {
-    "timm.models.beit": "its relative position bias belongs to the full grid",
-    "timm.models.vision_transformer_sam": "it attends inside windows with a relative position bias",
+    "beit.Block": "its relative position bias belongs to the full grid",
+    "vision_transformer_sam.Block": "it attends inside windows with a relative position bias",
 }
 
 
@@ -97,6 +95,7 @@ def describe(model: nn.Module, image_size: int | None = None) -> Anatomy:
         RuntimeError: If the network is compressed already, or wrapped for distributed training.
         ValueError: If gradient checkpointing is on.
     """
+    model = getattr(model, "_orig_mod", model)  # what `torch.compile` wraps
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise RuntimeError("Compress the network before it is wrapped in DistributedDataParallel.")
     if any(isinstance(m, CompressedBlock) for m in model.modules()):
@@ -181,21 +180,22 @@ def _stem_and_head(model: Any, tokens: int) -> int:
 def _refusal(model: nn.Module, deep: bool = True) -> str:
     """Why ``model``, or with ``deep`` anything in it, is refused by name; empty if nothing is."""
     for module in model.modules() if deep else iter((model,)):
-        name, home = type(module).__name__, type(module).__module__
-        reason = _REFUSED.get(name) if home.startswith("timm.") else None
-        if reason is None and name == "Block":
-            reason = _REFUSED_IN.get(home)
+        package, _, home = type(module).__module__.rpartition(".")
+        name = f"{home}.{type(module).__name__}"
+        reason = _REFUSED.get(type(module).__name__, _REFUSED.get(name)) if package.startswith("timm.") else None
         if reason:
-            return f"Token compression does not support `{home.rpartition('.')[2]}.{name}`: {reason}."
+            return f"Token compression does not support `{name}`: {reason}."
     return ""
 
 
 def _nothing_found(model: nn.Module) -> str:
     supported = ", ".join(f"{t.__module__.rpartition('.')[2]}.{t.__name__}" for t in COMPRESSED_BLOCKS)
     inside = ", ".join(sorted(set(_block_like(model)))) or "none"
+    within = [f"`{name}`" for name in find_networks(model) if name]
+    hint = f" Did you mean a network inside it, {' or '.join(within)}?" if within else ""
     return (
         f"`{type(model).__name__}` holds no supported transformer block. Supported: {supported}, inside timm's "
-        f"VisionTransformer, Eva or CAFormer. Blocks found: {inside}."
+        f"VisionTransformer, Eva or CAFormer. Blocks found: {inside}.{hint}"
     )
 
 

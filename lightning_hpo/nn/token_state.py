@@ -73,6 +73,7 @@ class TokenState:
     positions: Tensor | None = field(default=None, init=False)
     group: Tensor | None = field(default=None, init=False)
     plan: KeptPlan | None = field(default=None, init=False)
+    backward: int | None = field(default=None, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Settings without the tensors of the latest pass, which may carry a graph, and without the learner."""
@@ -92,10 +93,22 @@ class TokenState:
                 "A schedule holds for one image size; dynamic image sizes and patch dropout change the number."
             )
         self.size = self.mask = self.living = self.positions = self.plan = None
+        self.backward = _running_backward()
         patches = torch.arange(entry - self.prefix, device=x.device).expand(x.shape[0], -1)
         self.group = patches if self.trace else None
         if learns and self.learning and self.probabilities is not None:
             self.plan = kept_plan(self.probabilities(), entry - self.prefix, self.granularity)
+
+    def require_order(self) -> None:
+        """Refuses to run a block again in the backward pass without the blocks before it.
+
+        Raises:
+            ValueError: If gradient checkpointing does that.
+        """
+        if self.backward != _running_backward():
+            raise ValueError(
+                "Gradient checkpointing runs blocks twice, out of order; turn it off."
+            )
 
     def log_size(self) -> Tensor | None:
         """Bias of the attention logits, shape ``(batch, tokens)``; None while every token stands for itself."""
@@ -235,6 +248,11 @@ class BlockCompression:
     opens: bool = False
     learns: bool = False
     restores: bool = False
+
+
+def _running_backward() -> int:
+    """Number of the backward pass that is running, -1 in a forward pass."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
