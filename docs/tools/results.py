@@ -2,8 +2,9 @@
 
     python docs/tools/results.py
 
-A page asks for a table with a comment ``results: <name>``, optionally ``results: <name> | column, column``. The tables
-are written into the Markdown itself, so that they are read without building the site.
+A page asks for a table with a comment ``results: <name>``, where ``<name>.<section>`` is another list of the file than
+its rows, optionally followed by ``| column, column``; and for pictures in ``docs/assets/`` with ``pictures: <pattern>``
+and ``| <caption>``. Both are written into the Markdown itself, so that they are read without building the site.
 """
 
 import json
@@ -17,25 +18,28 @@ __all__ = ["fill", "results_table"]
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = re.compile(r"(<!-- results: (\w+)(?: \| ([^>]*?))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+ASSETS = ROOT / "docs" / "assets"
+MARK = re.compile(r"(<!-- results: ([\w.]+)(?: \| ([^>]*?))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+PICTURES = re.compile(r"(<!-- pictures: (\S+) \| ([^>]*?) -->\n).*?(<!-- end of pictures -->)", re.DOTALL)
 
 
 def results_table(name: str, columns: str | None = None, folder: Path = RESULTS) -> str:
     """The command, the machine and the rows of one benchmark.
 
     Args:
-        name: Stem of the JSON file, and of the script.
+        name: Stem of the JSON file, and of the script; a list other than ``rows`` follows after a dot.
         columns: Keys of the rows to show, separated by commas; all by default.
         folder: Where the file is.
 
     Returns:
         Markdown; a line that says so if nothing has been measured yet.
     """
-    path = folder / f"{name}.json"
+    stem, _, section = name.partition(".")
+    path = folder / f"{stem}.json"
     if not path.exists():
-        return f"`python benchmarks/{name}.py` has not been run yet; there are no figures.\n"
+        return f"`python benchmarks/{stem}.py` has not been run yet; there are no figures.\n"
     found = json.loads(path.read_text(encoding="utf-8"))
-    rows = found["rows"]
+    rows = found[section or "rows"]
     keys = (
         [key.strip() for key in columns.split(",")] if columns else list(dict.fromkeys(k for row in rows for k in row))
     )
@@ -49,7 +53,13 @@ def results_table(name: str, columns: str | None = None, folder: Path = RESULTS)
 
 def fill(markdown: str) -> str:
     """The page with its tables renewed."""
-    return MARK.sub(lambda m: f"{m[1]}\n{results_table(m[2], m[3])}\n{m[4]}", markdown)
+    markdown = MARK.sub(lambda m: f"{m[1]}\n{results_table(m[2], m[3])}\n{m[4]}", markdown)
+    return PICTURES.sub(lambda m: f"{m[1]}{_pictures(m[2], m[3])}\n{m[4]}", markdown)
+
+
+def _pictures(pattern: str, caption: str) -> str:
+    lines = (f"\n![{caption}](../assets/{path.name})\n" for path in sorted(ASSETS.glob(pattern)))
+    return "".join(lines)
 
 
 def _text(value: Any) -> str:

@@ -218,7 +218,19 @@ def test_results_stand_below_their_command(tmp_path):
         "| ours | 1,234 | 1.235 |",
         "| theirs |  |  |",
     ]
-    assert "has not been run yet" in results.results_table("absent", folder=tmp_path)
+    assert "has not been run yet" in results.results_table("absent.summary", folder=tmp_path)
+
+
+def test_pictures_are_shown_where_there_are_any(tmp_path, monkeypatch):
+    results = tool("results")
+    monkeypatch.setattr(results, "ASSETS", tmp_path)
+    page = "<!-- pictures: rates_*.png | Rates -->\n<!-- end of pictures -->"
+    assert "![" not in results.fill(page)
+    for name in ("rates_b", "rates_a", "other"):
+        (tmp_path / f"{name}.png").touch()
+    found = results.fill(page)
+    assert re.findall(r"!\[Rates\]\((.*)\)", found) == ["../assets/rates_a.png", "../assets/rates_b.png"]
+    assert results.fill(found) == found
 
 
 @every_page
