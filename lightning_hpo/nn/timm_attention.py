@@ -61,8 +61,10 @@ def _rank(
 ) -> RankedTokens:
     """Scores of the patches: attention that the class token, or the mean living token, pays them."""
     by_class = state.rules.importance == "class"
-    query = query[:, :, :1] if by_class else query
-    logits = (query * scale @ key.transpose(-2, -1)).float()
+    if by_class:  # one row; a matrix product would first copy the keys, which lie interleaved with the values
+        logits = (key * (query[:, :, :1] * scale)).sum(-1, dtype=torch.float32).unsqueeze(2)
+    else:
+        logits = (query * scale @ key.transpose(-2, -1)).float()
     if bias is not None:
         logits = logits + bias[:, None, None, :]
     if mask is not None:
@@ -70,7 +72,8 @@ def _rank(
     weights = logits.softmax(-1).mean(1)
     if mask is not None and not by_class:
         weights = weights * mask.unsqueeze(-1)
-    return RankedTokens(weights.sum(1)[:, state.prefix :], key.mean(1)[:, state.prefix :])
+    keys = None if state.rules.matching == "features" else key.mean(1)[:, state.prefix :]
+    return RankedTokens(weights.sum(1)[:, state.prefix :], keys)
 
 
 def _project(attn: Any, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hpo.functional.compression.diffrate import KeptPlan, kept_plan, straight_through_mask, token_ranks
+from lightning_hpo.functional.compression.diffrate import (
+    KeptPlan,
+    bound_dead_pull,
+    kept_plan,
+    straight_through_mask,
+    token_ranks,
+)
 from lightning_hpo.functional.compression.tome import bipartite_merge, grow_sizes, match_tokens, merge_tokens
 
 __all__ = ["BlockCompression", "CompressionRules", "RankedTokens", "TokenState"]
@@ -38,11 +44,12 @@ class RankedTokens(NamedTuple):
 
     Args:
         scores: Importance, shape ``(batch, patches)``.
-        keys: Attention keys, mean over the heads, shape ``(batch, patches, head width)``.
+        keys: Attention keys, mean over the heads, shape ``(batch, patches, head width)``; None where tokens are matched
+            by their features.
     """
 
     scores: Tensor
-    keys: Tensor
+    keys: Tensor | None
 
 
 @dataclass
@@ -106,9 +113,7 @@ class TokenState:
             ValueError: If gradient checkpointing does that.
         """
         if self.backward != _running_backward():
-            raise ValueError(
-                "Gradient checkpointing runs blocks twice, out of order; turn it off."
-            )
+            raise ValueError("Gradient checkpointing runs blocks twice, out of order; turn it off.")
 
     def log_size(self) -> Tensor | None:
         """Bias of the attention logits, shape ``(batch, tokens)``; None while every token stands for itself."""
@@ -118,7 +123,7 @@ class TokenState:
 
     def token_mask(self) -> Tensor | None:
         """The running mask with the prefix, shape ``(batch, tokens)``; None before the first compressed block."""
-        return None if self.mask is None else F.pad(self.mask, (self.prefix, 0), value=1.0)
+        return None if self.mask is None else F.pad(bound_dead_pull(self.mask), (self.prefix, 0), value=1.0)
 
     def rotary(self, rope: Tensor | None) -> Tensor | None:
         """The rotary table of the tokens that are left, one an image."""
@@ -153,7 +158,8 @@ class TokenState:
 
     def _merge_masked(self, x: Tensor, ranked: RankedTokens, receives: Tensor, moves: Tensor) -> Tensor:
         patches = x[:, self.prefix :]
-        index, similarity = match_tokens(self._metric(patches, ranked.keys), receives, moves)
+        metric = patches if self.rules.matching == "features" else _keys(ranked)
+        index, similarity = match_tokens(metric, receives, moves)
         size = torch.ones_like(ranked.scores) if self.size is None else self.size
         floor = size.clamp(min=1.0) if self.rules.clamp_sizes else size
         self.size = floor.scatter_add(1, index, grow_sizes(size, similarity, self.rules.clamp_sizes) * moves)
@@ -167,28 +173,37 @@ class TokenState:
     def slice_tokens(self, x: Tensor, ranked: RankedTokens, prune: int, merge: int) -> Tensor:
         """Keeps ``prune`` tokens and merges them down to ``merge``, prefix counted; the tensor becomes shorter."""
         if self.rules.matching == "bipartite":
-            return self._slice_bipartite(x, ranked.keys, merge)
+            return self._slice_bipartite(x, _keys(ranked), merge)
         living = x.shape[1] - self.prefix
         kept = min(prune - self.prefix, living)
         left = min(merge - self.prefix, kept)
         order = ranked.scores.argsort(dim=1, descending=True, stable=True)[:, :kept]
-        patches = _take(x[:, self.prefix :], order)
+        x = self._take_patches(x, order)
         size = None if self.size is None else self.size.gather(1, order)
         positions = order if self.positions is None else self.positions.gather(1, order)
         self._regroup_pruned(order, living)
         if left < kept:
-            patches, size = self._merge_sliced(patches, size, _take(ranked.keys, order), left)
+            metric = x[:, self.prefix :] if self.rules.matching == "features" else _take(_keys(ranked), order)
+            x, size = self._merge_sliced(x, size, metric, left)
         self.size, self.positions = size, positions[:, :left]
-        return torch.cat([x[:, : self.prefix], patches], 1) if self.prefix else patches
+        return x
 
-    def _merge_sliced(self, patches: Tensor, size: Tensor | None, keys: Tensor, left: int) -> tuple[Tensor, Tensor]:
-        index, similarity = match_tokens(self._metric(patches, keys), left)
-        size = patches.new_ones(patches.shape[:2], dtype=torch.float32) if size is None else size
+    def _merge_sliced(self, x: Tensor, size: Tensor | None, metric: Tensor, left: int) -> tuple[Tensor, Tensor]:
+        index, similarity = match_tokens(metric, left)
+        size = x.new_ones(metric.shape[:2], dtype=torch.float32) if size is None else size
         floor = size[:, :left].clamp(min=1.0) if self.rules.clamp_sizes else size[:, :left]
         size = floor.scatter_add(1, index, grow_sizes(size[:, left:], similarity, self.rules.clamp_sizes))
         stay = torch.arange(left, device=index.device).expand(index.shape[0], -1)
         self._regroup(torch.cat([stay, index], 1))
-        return merge_tokens(patches[:, :left], patches[:, left:], index), size
+        staying = self.prefix + left
+        return merge_tokens(x[:, :staying], x[:, staying:], index + self.prefix), size
+
+    def _take_patches(self, x: Tensor, index: Tensor) -> Tensor:
+        """The prefix and the patches ``index`` of each image, in one copy."""
+        if not self.prefix:
+            return _take(x, index)
+        prefix = torch.arange(self.prefix, device=x.device).expand(x.shape[0], -1)
+        return _take(x, torch.cat([prefix, index + self.prefix], 1))
 
     def _slice_bipartite(self, x: Tensor, keys: Tensor, merge: int) -> Tensor:
         patches, prefix = x[:, self.prefix :], x[:, : self.prefix]
@@ -210,11 +225,8 @@ class TokenState:
             return None
         weight = x.new_ones(x.shape[0], x.shape[1] - self.prefix) if self.size is None else self.size
         weight = weight.clamp(min=_SMALLEST_SIZE)
-        weight = weight if self.mask is None else weight * self.mask
+        weight = weight if self.mask is None else weight * bound_dead_pull(self.mask)
         return F.pad(weight, (self.prefix, 0), value=prefix_weight)
-
-    def _metric(self, patches: Tensor, keys: Tensor) -> Tensor:
-        return patches if self.rules.matching == "features" else keys
 
     def _regroup_pruned(self, order: Tensor, living: int) -> None:
         place = torch.arange(order.shape[1], device=order.device).expand_as(order)
@@ -253,6 +265,12 @@ class BlockCompression:
 def _running_backward() -> int:
     """Number of the backward pass that is running, -1 in a forward pass."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _keys(ranked: RankedTokens) -> Tensor:
+    if ranked.keys is None:
+        raise ValueError("Tokens are to be matched by their attention keys, which were not kept.")
+    return ranked.keys
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

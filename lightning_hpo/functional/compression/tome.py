@@ -33,17 +33,19 @@ def match_tokens(metric: Tensor, destinations: int | Tensor, sources: Tensor | N
         (tensor([[1]]), tensor([[0.8000]]))
     """
     with torch.no_grad():
-        unit = F.normalize(metric.float(), dim=-1, eps=_EPS)
+        metric = metric.float()
+        inverse = torch.linalg.vector_norm(metric, dim=-1).clamp(min=_EPS).reciprocal()
+        # The norm of a source changes no comparison: destinations are divided in the products, sources at the end.
         if isinstance(destinations, int):
-            similarity = unit[:, destinations:] @ unit[:, :destinations].transpose(1, 2)
-            value, index = similarity.max(-1)
-            return index, value
-        similarity = unit @ unit.transpose(1, 2)
+            similarity = metric[:, destinations:] @ metric[:, :destinations].transpose(1, 2)
+            value, index = similarity.mul_(inverse[:, None, :destinations]).max(-1)
+            return index, value * inverse[:, destinations:]
+        similarity = (metric @ metric.transpose(1, 2)).mul_(inverse[:, None, :])
         value, index = similarity.masked_fill_(~destinations[:, None, :], -torch.inf).max(-1)
         itself = torch.arange(metric.shape[1], device=metric.device)
         if sources is None:
             sources = ~destinations
-        return torch.where(sources, index, itself), torch.where(sources, value, torch.ones_like(value))
+        return torch.where(sources, index, itself), torch.where(sources, value * inverse, torch.ones_like(value))
 
 
 def grow_sizes(size: Tensor, similarity: Tensor, clamp: bool) -> Tensor:
@@ -86,10 +88,10 @@ def merge_tokens(x: Tensor, sources: Tensor, index: Tensor, weight: Tensor | Non
         >>> merge_tokens(x, torch.tensor([[[6.0]]]), torch.tensor([[1]])).squeeze(-1)
         tensor([[1., 4.]])
     """
-    weight = x.new_ones(index.shape) if weight is None else weight.to(x.dtype)
-    count = x.new_ones(x.shape[:2]).scatter_add(1, index, weight).unsqueeze(-1)
-    total = x.scatter_add(1, index.unsqueeze(-1).expand_as(sources), sources * weight.unsqueeze(-1))
-    return total / count
+    moved = x.new_ones(index.shape) if weight is None else weight.to(x.dtype)
+    count = x.new_ones(x.shape[:2]).scatter_add(1, index, moved).unsqueeze(-1)
+    sources = sources if weight is None else sources * moved.unsqueeze(-1)
+    return x.scatter_add(1, index.unsqueeze(-1).expand_as(sources), sources).div_(count)
 
 
 def bipartite_merge(x: Tensor, size: Tensor, metric: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
