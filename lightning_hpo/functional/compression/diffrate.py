@@ -1,12 +1,13 @@
 """Differentiable token counts: how many tokens a block keeps, and which ones."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "KeptPlan",
+    "bound_dead_pull",
     "candidate_counts",
     "kept_plan",
     "kept_tokens",
@@ -159,6 +160,42 @@ def straight_through_mask(rank: Tensor, kept: Tensor, survival: Tensor, alive: T
     hard = (rank < kept).to(soft.dtype)
     factor = hard + (soft - soft.detach()) * binds
     return torch.where(alive, factor, torch.ones_like(factor))
+
+
+class _BoundedPull(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return mask.view_as(mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (mask,), (grad,) = ctx.saved_tensors, grads
+        strongest = (grad.abs() * (mask > 0.5)).amax(-1, keepdim=True)
+        return torch.where(mask > 0.5, grad, grad.clamp(-strongest, strongest))
+
+
+def bound_dead_pull(mask: Tensor) -> Tensor:
+    """The mask itself; backwards, no dead token pulls harder than the living token that pulls hardest.
+
+    The slope of attention in a dead token's mask is its attention relative to that of all living tokens together. Where
+    it would dominate, the slope is thousands of times what bringing the token back would really do, and single images
+    would drown all others in an adaptive optimizer. The bound needs no number: it is taken from the same image.
+
+    Args:
+        mask: 1 for living tokens, 0 for dead ones, shape ``(batch, tokens)``.
+
+    Returns:
+        The mask, unchanged.
+
+    Example:
+        >>> mask = torch.tensor([[1.0, 1.0, 0.0]], requires_grad=True)
+        >>> (bound_dead_pull(mask) * torch.tensor([0.5, -2.0, 1000.0])).sum().backward()
+        >>> mask.grad
+        tensor([[ 0.5000, -2.0000,  2.0000]])
+    """
+    bounded: Tensor = _BoundedPull.apply(mask)
+    return bounded
 
 
 def token_ranks(scores: Tensor, alive: Tensor) -> Tensor:
