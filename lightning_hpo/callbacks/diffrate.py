@@ -186,7 +186,7 @@ class TokenCompression(MethodCallback):
         self._tokens = attach(anatomy, *rules, granularity=self.granularity, probabilities=self._probabilities)
         self._anatomy = anatomy
         if stage == "fit" and self.freeze:
-            self._freeze(pl_module, anatomy)
+            self._freeze(trainer, pl_module, anatomy)
 
     def _find(self, pl_module: LightningModule) -> nn.Module:
         networks = find_networks(pl_module)
@@ -235,16 +235,18 @@ class TokenCompression(MethodCallback):
         if getattr(dropout, "prob", 0.0) > 0:
             raise ValueError("Patch dropout changes the number of tokens from step to step; set `patch_drop_rate=0`.")
 
-    def _freeze(self, pl_module: LightningModule, anatomy: Anatomy) -> None:
+    def _freeze(self, trainer: Trainer, pl_module: LightningModule, anatomy: Anatomy) -> None:
         """Stops every gradient but one, the last bias of the last block, which is thrown away before each step.
 
         DistributedDataParallel and the gradient scaler refuse to work without any.
         """
         self._anchor = list(anatomy.blocks[-1].parameters())[-1]
+        others = (c for c in trainer.callbacks if isinstance(c, TokenCompression))  # type: ignore[attr-defined]
+        before = {parameter: required for other in others for parameter, required in other._frozen}
         for parameter in pl_module.parameters():
             wanted = parameter is self._anchor
             if parameter.requires_grad != wanted:
-                self._frozen.append((parameter, parameter.requires_grad))
+                self._frozen.append((parameter, before.get(parameter, parameter.requires_grad)))
                 parameter.requires_grad_(wanted)
 
     @override
@@ -272,11 +274,22 @@ class TokenCompression(MethodCallback):
             )
 
     @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Refuses a loss that no rate can change."""
+        if not loss.requires_grad:
+            self.raise_all(["the loss has no gradient; do not run the network under `torch.no_grad()`."])
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds the budget's gradient, which depends on no batch, and steps the rates."""
         hypers, own = self._learner()
         if self._anchor is not None:
             self._anchor.grad = None
+        if self.step == 0 and len(cast(RateLayout, self._layout).blocks) > 1 and hypers.raw["kept"].grad is None:
+            rank_zero_warn(
+                "Your loss does not depend on the rates, so the budget alone moves them: the training step does not run "
+                "the network, or runs it under `torch.no_grad()`."
+            )
         for raw in hypers.parameters():
             raw.grad = torch.zeros_like(raw) if raw.grad is None else raw.grad
         distributed.mean_gradients(hypers.parameters())  # before unscaling: ranks must agree on an overflow
@@ -286,7 +299,7 @@ class TokenCompression(MethodCallback):
             group["lr"] = self._learning_rate()
         self.step_own(trainer, own)
         self.step += 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             values |= self._block_counts()
         self.log_values(pl_module, values)
 
