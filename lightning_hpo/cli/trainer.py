@@ -3,6 +3,7 @@
 import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -104,6 +105,7 @@ def run(words: Sequence[str]) -> int:
     """
     # What Lightning calls in its parser is Lightning's to renew, not the user's.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     here = str(Path.cwd())
     if here not in sys.path:  # so that a user's own `my_module.MyClass` is found
         sys.path.insert(0, here)
