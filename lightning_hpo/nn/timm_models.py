@@ -65,7 +65,7 @@ class Anatomy:
 
 
 def find_networks(module: nn.Module) -> dict[str, nn.Module]:
-    """Networks inside ``module`` that token compression fits or refuses by name, outermost first.
+    """Networks inside ``module`` that token compression may fit, outermost first.
 
     Returns:
         Their names relative to ``module`` (empty for itself).
@@ -73,7 +73,7 @@ def find_networks(module: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
         inside = any(name.startswith(f"{outer}.") or not outer for outer in found)
-        if not inside and (isinstance(child, (VisionTransformer, Eva, MetaFormer)) or _refusal(child, deep=False)):
+        if not inside and isinstance(child, (VisionTransformer, Eva, MetaFormer)):
             found[name] = child
     return found
 
@@ -177,9 +177,9 @@ def _stem_and_head(model: Any, tokens: int) -> int:
     return counter.get_total_flops() // 2 + heads
 
 
-def _refusal(model: nn.Module, deep: bool = True) -> str:
-    """Why ``model``, or with ``deep`` anything in it, is refused by name; empty if nothing is."""
-    for module in model.modules() if deep else iter((model,)):
+def _refusal(model: nn.Module) -> str:
+    """Why something in ``model`` is refused by name; empty if nothing is."""
+    for module in model.modules():
         package, _, home = type(module).__module__.rpartition(".")
         name = f"{home}.{type(module).__name__}"
         reason = _REFUSED.get(type(module).__name__, _REFUSED.get(name)) if package.startswith("timm.") else None

@@ -277,4 +277,4 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     """Tokens ``index`` of each image; rows are copied whole."""
     batch, tokens, width = x.shape
     start = torch.arange(batch, device=x.device).unsqueeze(1) * tokens
-    return x.reshape(batch * tokens, width).index_select(0, (index + start).flatten()).view(batch, -1, width)
+    return x.reshape(batch * tokens, width).index_select(0, (index + start).flatten()).view(*index.shape, width)
