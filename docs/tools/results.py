@@ -3,8 +3,8 @@
     python docs/tools/results.py
 
 A page asks for a table with a comment ``results: <name>``, where ``<name>.<section>`` is another list of the file than
-its rows, optionally followed by ``| column, column``; and for pictures in ``docs/assets/`` with ``pictures: <pattern>``
-and ``| <caption>``. Both are written into the Markdown itself, so that they are read without building the site.
+its rows, optionally followed by ``| column, column``; and for pictures in ``docs/assets/`` with ``pictures: <name>:
+<pattern> | <caption>``, which are shown once the benchmark of that name has written its figures. Both are written into the Markdown itself, so that they are read without building the site.
 """
 
 import json
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "assets"
 MARK = re.compile(r"(<!-- results: ([\w.]+)(?: \| ([^>]*?))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
-PICTURES = re.compile(r"(<!-- pictures: (\S+) \| ([^>]*?) -->\n).*?(<!-- end of pictures -->)", re.DOTALL)
+PICTURES = re.compile(r"(<!-- pictures: (\w+): (\S+) \| ([^>]*?) -->\n).*?(<!-- end of pictures -->)", re.DOTALL)
 
 
 def results_table(name: str, columns: str | None = None, folder: Path = RESULTS) -> str:
@@ -54,10 +54,12 @@ def results_table(name: str, columns: str | None = None, folder: Path = RESULTS)
 def fill(markdown: str) -> str:
     """The page with its tables renewed."""
     markdown = MARK.sub(lambda m: f"{m[1]}\n{results_table(m[2], m[3])}\n{m[4]}", markdown)
-    return PICTURES.sub(lambda m: f"{m[1]}{_pictures(m[2], m[3])}\n{m[4]}", markdown)
+    return PICTURES.sub(lambda m: f"{m[1]}{_pictures(m[2], m[3], m[4])}\n{m[5]}", markdown)
 
 
-def _pictures(pattern: str, caption: str) -> str:
+def _pictures(name: str, pattern: str, caption: str) -> str:
+    if not (RESULTS / f"{name}.json").exists():
+        return ""
     lines = (f"\n![{caption}](../assets/{path.name})\n" for path in sorted(ASSETS.glob(pattern)))
     return "".join(lines)
 
