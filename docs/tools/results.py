@@ -3,8 +3,9 @@
     python docs/tools/results.py
 
 A page asks for a table with a comment ``results: <name>``, where ``<name>.<section>`` is another list of the file than
-its rows, optionally followed by ``| column, column``; and for pictures in ``docs/assets/`` with ``pictures: <name>:
-<pattern> | <caption>``, which are shown once the benchmark of that name has written its figures. Both are written into the Markdown itself, so that they are read without building the site.
+its rows, optionally followed by ``| column, column``. It asks for pictures in ``docs/assets/`` with the comment
+``pictures: <name>: <pattern> | <caption>``; they are shown once the benchmark of that name has written its figures.
+Both are written into the Markdown itself, so that they are read without building the site.
 """
 
 import json
