@@ -126,7 +126,7 @@ def conclude(script: str, chosen: Any, rows: Sequence[Mapping[str, Any]], **fact
 
 def _command(script: str, chosen: Any) -> str:
     options = {name: value for name, value in vars(chosen).items() if name != "out" and value not in (None, False)}
-    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in options.items()]
+    words = [f"--{name}" if value is True else f"--{name} {_word(value)}" for name, value in options.items()]
     return " ".join(["python", f"benchmarks/{Path(script).name}", *words])
 
 
@@ -150,3 +150,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,10 +2,11 @@
 
 A small ViT is trained on each data set that is present (scikit-learn's digits always are; MNIST, Fashion-MNIST and
 CIFAR-10 are looked for under `LIGHTNING_HPO_DATA`), then frozen, and rates are learned for several budgets. At the cost
-of each learned schedule the same network is compressed by hand, the same number of tokens in every block: merging with
-the same matching (`constant merging`), ToMe's bipartite merging (`ToMe`), pruning by class attention (`constant
-pruning`) and pruning in random order (`random pruning`). Three seeds, which decide weights, order of the data and, on
-the digits, the test images. Trained networks are kept in the system's folder for temporary files.
+of each learned schedule the same network is compressed by hand, the same number of tokens in every block but the first,
+which rate learning spares, too: merging with the same matching (`constant merging`), pruning by class attention
+(`constant pruning`) and pruning in random order (`random pruning`); ToMe's bipartite merging (`ToMe`) acts in the first
+block as well. Three seeds, which decide weights, order of the data and, on the digits, the test images. Trained
+networks are kept in the system's folder for temporary files.
 """
 
 import copy
@@ -50,9 +51,9 @@ class Task:
     size: int
     patch: int
     channels: int = 1
-    epochs: int = 6
+    epochs: int = 4
     limit: int | None = 20_000
-    shift: int = 1
+    shift: int = 0
     flip: bool = False
     steps: int = 1000
     targets: tuple[float, ...] = (0.8, 0.7, 0.6, 0.5, 0.4)
@@ -67,16 +68,16 @@ class Task:
     def classifier(self) -> ImageClassifier:
         """The network, untrained."""
         grid = {"img_size": self.size, "patch_size": self.patch, "in_chans": self.channels}
-        return ImageClassifier(
-            model_args={**grid, "embed_dim": 64, "depth": 6, "num_heads": 4}, lr=2e-3, warmup_steps=100
-        )
+        small = {"embed_dim": 64, "depth": 6, "num_heads": 4, "qk_norm": True}
+        recipe: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.2, "label_smoothing": 0.1, "warmup_steps": 100}
+        return ImageClassifier(model_args={**grid, **small}, **recipe)
 
 
 TASKS = {
     "digits": Task(DigitsDataModule, 8, 2, epochs=60, limit=None),
-    "MNIST": Task(MNISTDataModule, 28, 4),
-    "Fashion-MNIST": Task(FashionMNISTDataModule, 28, 4, flip=True),
-    "CIFAR-10": Task(CIFAR10DataModule, 32, 4, channels=3, epochs=20, flip=True, shift=2),
+    "MNIST": Task(MNISTDataModule, 28, 4, targets=(0.8, 0.6, 0.4)),
+    "Fashion-MNIST": Task(FashionMNISTDataModule, 28, 4, epochs=10, flip=True, targets=(0.8, 0.6, 0.4)),
+    "CIFAR-10": Task(CIFAR10DataModule, 32, 4, 3, 20, flip=True, shift=2, targets=(0.8, 0.6, 0.4)),
 }
 
 
@@ -146,14 +147,14 @@ def learn(classifier: LightningModule, data: ImageDataModule, target: float, ste
 def by_hand(model: nn.Module, macs: float) -> Iterable[tuple[str, nn.Module, TokenCompressionSchedule]]:
     """The same network under constant schedules of the same cost."""
     layout = describe(model).layout
-    kinds: tuple[tuple[str, Literal["merge", "prune"], Any], ...] = (
-        ("constant merging", "merge", "features"),
-        ("ToMe", "merge", "bipartite"),
-        ("constant pruning", "prune", "features"),
-        ("random pruning", "prune", "features"),
+    kinds: tuple[tuple[str, Literal["merge", "prune"], Any, int], ...] = (
+        ("constant merging", "merge", "features", 1),
+        ("ToMe", "merge", "bipartite", 0),
+        ("constant pruning", "prune", "features", 1),
+        ("random pruning", "prune", "features", 1),
     )
-    for name, kind, matching in kinds:
-        schedule = constant_at_macs(layout.cost, macs, layout.prefix, kind)
+    for name, kind, matching, first in kinds:
+        schedule = constant_at_macs(layout.cost, macs, layout.prefix, kind, first)
         network: Any = apply_token_compression(copy.deepcopy(model), schedule, matching=matching)
         if name == "random pruning":
             network.token_compression.__class__ = RandomOrder
@@ -178,7 +179,9 @@ def run(name: str, task: Task, seed: int) -> tuple[list[dict[str, Any]], dict[fl
             rows.append(same | {"target": target, "method": method, "macs": round((used.macs or 0) / full, 4)})
             rows[-1] |= {"accuracy": round(accuracy(network, data), 4), "prune": used.prune, "merge": used.merge}
         found = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in rows[-5:])
-        console.print(f"{name}, seed {seed}, target {target}: {rows[-5]['macs']:.4f} of the cost; {found}")
+        console.print(
+            f"{name}, seed {seed}, target {target}: {rows[-5]['macs']:.4f} of the cost; {found}", soft_wrap=True
+        )
     return rows, courses
 
 
@@ -196,12 +199,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def earlier(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of the other data sets, from the file of the run before."""
+def earlier(names: Iterable[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows and settings of the other data sets, from the file of the run before."""
     path = RESULTS / f"{Path(__file__).stem}.json"
     if not path.exists():
-        return []
-    return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["data"] not in names]
+        return [], {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in found["rows"] if row["data"] not in names]
+    return rows, {name: text for name, text in found["settings"].items() if name not in names}
 
 
 def present(names: Sequence[str]) -> dict[str, Task]:
@@ -220,8 +225,9 @@ def present(names: Sequence[str]) -> dict[str, Task]:
 def main(arguments: Sequence[str] | None = None) -> None:
     data = ("--data", {"nargs": "+", "choices": list(TASKS), "default": ["digits", "MNIST", "Fashion-MNIST"]})
     seeds = ("--seeds", {"type": int, "default": 3, "help": "3 by default"})
+    steps = ("--steps", {"type": int, "default": None, "help": "steps of rate learning; 1000 by default"})
     assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
-    chosen = parse(__doc__, arguments, data, seeds, assets)
+    chosen = parse(__doc__, arguments, data, seeds, steps, assets)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", message=".*(does not have many workers|LeafSpec|logging interval|across ranks is zero).*"
@@ -229,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tasks = present(["digits"] if chosen.quick else chosen.data)
     if chosen.quick:
         tasks = {n: replace(t, epochs=1, limit=128, steps=4, targets=(0.7,)) for n, t in tasks.items()}
-    rows = [] if chosen.quick else earlier(list(tasks))
+    if chosen.steps:
+        tasks = {n: replace(t, steps=chosen.steps) for n, t in tasks.items()}
+    rows, settings = ([], {}) if chosen.quick else earlier(tasks)
     folder = chosen.assets or (None if chosen.quick else ASSETS)
     for name, task in tasks.items():
         for seed in range(1 if chosen.quick else chosen.seeds):
@@ -252,7 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("Accuracy in %: mean and standard deviation over the seeds", means, columns)
     if folder is not None:
         draw_accuracy(folder / "diffrate_accuracy_macs.png", means)
-    conclude(__file__, chosen, rows, summary=means, settings={name: str(task) for name, task in tasks.items()})
+    conclude(
+        __file__, chosen, rows, summary=means, settings=settings | {name: str(task) for name, task in tasks.items()}
+    )
 
 
 if __name__ == "__main__":
