@@ -25,7 +25,8 @@ from lightning_hpo.nn.token_state import TokenState
 __all__ = ["TokenCompression"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_WEIGHT = {"relative": 100.0, "absolute": 5.0}
+_WEIGHT = {"relative": 30.0, "absolute": 5.0}
+_MULTIPLIER_RATE = 0.05  # share of the quadratic term's slope that the multiplier takes over in each step
 
 
 class TokenCompression(MethodCallback):
@@ -33,10 +34,11 @@ class TokenCompression(MethodCallback):
 
     Finds the timm network in your module. While it trains, every compressible block prunes and merges tokens by a
     mask that is differentiable in the rates; validation, test and prediction really shorten the sequences. The rates
-    minimise your loss plus :math:`w (F / F_{full} - \tau)^2`, where :math:`F` counts multiply-accumulates. The callback
-    owns the rates and their optimizer (AdamW without weight decay, cosine): your module gains no parameter and no
-    checkpoint key, and is what it was once training ends. Then take :attr:`schedule` and
-    :func:`~lightning_hpo.apply_token_compression`.
+    minimise your loss plus :math:`w e^2 + \mu e`, where :math:`e = F / F_{full} - \tau` is the distance of the
+    multiply-accumulates from the budget and the multiplier :math:`\mu` grows until the budget is met, whatever the
+    scale of your loss. The callback owns the rates and their optimizer (AdamW without weight decay, cosine): your
+    module gains no parameter and no checkpoint key, and is what it was once training ends. Then take :attr:`schedule`
+    and :func:`~lightning_hpo.apply_token_compression`.
 
     Args:
         target: Budget of one image: a fraction of the dense cost (``0.6``), multiply-accumulates (``2.9e9``) or a
@@ -46,9 +48,9 @@ class TokenCompression(MethodCallback):
         granularity: Step of the candidate counts.
         lr: First learning rate of the rates.
         min_lr: Last learning rate of the rates.
-        macs_loss: ``"relative"``, as above, or ``"absolute"``, the paper's :math:`w ((F - T) / 10^9)^2`, whose weight
-            suits networks of a few G only.
-        macs_weight: The weight :math:`w`; 100 for the relative loss, 5 (the paper's) for the absolute one.
+        macs_loss: ``"relative"``, as above, or ``"absolute"``, the paper's :math:`w ((F - T) / 10^9)^2` without a
+            multiplier, whose weight suits networks of a few G only.
+        macs_weight: The weight :math:`w`; 30 for the relative loss, 5 (the paper's) for the absolute one.
         importance: ``"class"`` or ``"mean"``; see :func:`~lightning_hpo.apply_token_compression`.
         matching: ``"features"`` or ``"keys"``.
         size_rule: ``"clamped"`` or ``"unclamped"``.
@@ -76,7 +78,7 @@ class TokenCompression(MethodCallback):
     """
 
     KNOB: ClassVar[str] = "number of tokens that each block of a Vision Transformer prunes and merges"
-    _STATE = ("hypers", "optimizer", "step")
+    _STATE = ("hypers", "optimizer", "step", "multiplier")
     _KEY = ("module",)
 
     def __init__(
@@ -108,6 +110,7 @@ class TokenCompression(MethodCallback):
         self.hypers: HyperparameterSet | None = None
         self.optimizer: Optimizer | None = None
         self.step = 0
+        self.multiplier = torch.zeros(())
         self._anatomy: Anatomy | None = None  # while attached
         self._layout: RateLayout | None = None  # once the network is known
         self._tokens: TokenState | None = None  # while attached
@@ -229,6 +232,7 @@ class TokenCompression(MethodCallback):
         hypers = cast(HyperparameterSet, self.hypers)
         self.optimizer = torch.optim.AdamW(hypers.parameters(), lr=self.lr, weight_decay=0.0)
         self.step = 0
+        self.multiplier = torch.zeros(())
 
     def _refuse_patch_dropout(self, network: nn.Module) -> None:
         dropout = getattr(network, "patch_drop", None)
@@ -254,6 +258,7 @@ class TokenCompression(MethodCallback):
         """Moves the rates to the device and makes all ranks start from the same ones."""
         hypers, optimizer = self._learner()
         hypers.to(pl_module.device)
+        self.multiplier = self.multiplier.to(pl_module.device)
         optimizer.load_state_dict(optimizer.state_dict())  # takes restored moments to where the rates are now
         for raw in hypers.parameters():
             raw.data.copy_(distributed.broadcast(raw.data))
@@ -311,10 +316,13 @@ class TokenCompression(MethodCallback):
     def _add_budget_gradient(self) -> dict[str, Tensor | float]:
         layout, kept = cast(RateLayout, self._layout), self._kept()
         full = float(layout.cost.full)
-        unit = full if self.macs_loss == "relative" else 1e9
-        macs, loss, slope = layout.budget_slope(kept, self._budget(full), self.macs_weight, unit)
+        budget, relative = self._budget(full), self.macs_loss == "relative"
+        unit = full if relative else 1e9
+        macs, loss, slope = layout.budget_slope(kept, budget, self.macs_weight, unit, self.multiplier)
         kept.backward(slope)
-        return {"macs_ratio": macs / full, "macs_loss": loss}
+        if relative:
+            self.multiplier = self.multiplier + 2 * _MULTIPLIER_RATE * self.macs_weight * (macs - budget) / unit
+        return {"macs_ratio": macs / full, "macs_loss": loss, "multiplier": self.multiplier}
 
     def _block_counts(self) -> dict[str, Tensor | float]:
         layout = cast(RateLayout, self._layout)

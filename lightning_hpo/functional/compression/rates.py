@@ -99,20 +99,24 @@ class RateLayout:
             full_macs=self.cost.full,
         )
 
-    def budget_slope(self, kept: Tensor, budget: float, weight: float, unit: float) -> tuple[Tensor, Tensor, Tensor]:
-        r"""Cost, budget loss :math:`w ((F - T) / u)^2` and its slope in the kept counts, all on the device.
+    def budget_slope(
+        self, kept: Tensor, budget: float, weight: float, unit: float, multiplier: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Cost, budget loss :math:`w e^2 + \mu e` with :math:`e = (F - T) / u`, and its slope, all on the device.
 
         Args:
             kept: As for :meth:`counts`.
             budget: Multiply-accumulates :math:`T` to meet.
             weight: The weight :math:`w`.
             unit: The unit :math:`u`: ``1e9`` in the paper, the dense cost for the relative loss.
+            multiplier: The multiplier :math:`\mu` of the method of multipliers; the paper has none.
 
         Returns:
             Cost, loss, and slope of shape ``(kinds, blocks)``, equal for the kinds of a block as in the paper.
 
         References:
-            Chen et al., "DiffRate", ICCV 2023, eq. 9.
+            Chen et al., "DiffRate", ICCV 2023, eq. 9; Bertsekas, "Constrained Optimization and Lagrange Multiplier
+            Methods", 1982, ch. 2.
 
         Example:
             >>> layout = RateLayout(TransformerMacs.vit(width=8, depth=3, patches=16), (True, False, False))
@@ -124,7 +128,8 @@ class RateLayout:
         macs, slope = self.cost.count_and_slope(*self.counts(kept.detach()))
         excess = (macs - budget) / unit
         rows = torch.stack([slope[index] for index in self.blocks])
-        return macs, weight * excess.square(), (2 * weight / unit * excess * rows).expand_as(kept)
+        loss = weight * excess.square() + multiplier * excess
+        return macs, loss, ((2 * weight * excess + multiplier) / unit * rows).expand_as(kept)
 
     def reachable(self, granularity: int = 1) -> tuple[int, int]:
         """Cost of the shortest schedule that can be learned, and of the dense network.
