@@ -22,12 +22,13 @@ ANYTHING = None
 TORCH = {"torch", "typing_extensions"}
 LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics", "timm"}
 L0 = ("functional", "nn")
-L1 = ("hyper", "state", "stateless", "distributed", "data")
+L1 = ("frozen", "hyper", "state", "stateless", "distributed", "data")
 
 # Folder or file: packages of others it may import, and which parts of ours.
 RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "functional": (TORCH, L0),
     "nn": (TORCH | {"timm"}, L0),
+    "frozen": (TORCH, L0),
     "hyper": (TORCH, L0),
     "state": (TORCH, L0),
     "stateless": (TORCH, L0),

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.frozen import FrozenModule
 from lightning_hpo.functional.compression.budget import parse_budget
 from lightning_hpo.functional.compression.diffrate import candidate_counts, kept_tokens
 from lightning_hpo.functional.compression.rates import RateLayout
@@ -24,7 +25,6 @@ from lightning_hpo.nn.token_state import TokenState
 
 __all__ = ["TokenCompression"]
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _WEIGHT = {"relative": 30.0, "absolute": 5.0}
 _MULTIPLIER_RATE = 0.05  # share of the quadratic term's slope that the multiplier takes over in each step
 
@@ -114,9 +114,7 @@ class TokenCompression(MethodCallback):
         self._anatomy: Anatomy | None = None  # while attached
         self._layout: RateLayout | None = None  # once the network is known
         self._tokens: TokenState | None = None  # while attached
-        self._frozen: list[tuple[nn.Parameter, bool]] = []
-        self._anchor: nn.Parameter | None = None
-        self._held: list[nn.Module] = []
+        self._frozen: FrozenModule | None = None
         self._horizon = math.inf
 
     def _argument_problems(self) -> list[str]:
@@ -189,7 +187,7 @@ class TokenCompression(MethodCallback):
         self._tokens = attach(anatomy, *rules, granularity=self.granularity, probabilities=self._probabilities)
         self._anatomy = anatomy
         if stage == "fit" and self.freeze:
-            self._freeze(trainer, pl_module, anatomy)
+            self._frozen = self._freeze(trainer, pl_module, anatomy)
 
     def _find(self, pl_module: LightningModule) -> nn.Module:
         networks = find_networks(pl_module)
@@ -239,19 +237,10 @@ class TokenCompression(MethodCallback):
         if getattr(dropout, "prob", 0.0) > 0:
             raise ValueError("Patch dropout changes the number of tokens from step to step; set `patch_drop_rate=0`.")
 
-    def _freeze(self, trainer: Trainer, pl_module: LightningModule, anatomy: Anatomy) -> None:
-        """Stops every gradient but one, the last bias of the last block, which is thrown away before each step.
-
-        DistributedDataParallel and the gradient scaler refuse to work without any.
-        """
-        self._anchor = list(anatomy.blocks[-1].parameters())[-1]
-        others = (c for c in trainer.callbacks if isinstance(c, TokenCompression))  # type: ignore[attr-defined]
-        before = {parameter: required for other in others for parameter, required in other._frozen}
-        for parameter in pl_module.parameters():
-            wanted = parameter is self._anchor
-            if parameter.requires_grad != wanted:
-                self._frozen.append((parameter, before.get(parameter, parameter.requires_grad)))
-                parameter.requires_grad_(wanted)
+    def _freeze(self, trainer: Trainer, pl_module: LightningModule, anatomy: Anatomy) -> FrozenModule:
+        anchor = list(anatomy.blocks[-1].parameters())[-1]
+        others = [c._frozen for c in trainer.callbacks if isinstance(c, TokenCompression)]  # type: ignore[attr-defined]
+        return FrozenModule(pl_module, anchor, [pair for other in others if other for pair in other.required])
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,8 +258,8 @@ class TokenCompression(MethodCallback):
         if any(getattr(module, "grad_checkpointing", False) for module in pl_module.modules()):
             raise ValueError("Gradient checkpointing runs blocks twice, out of order; turn it off.")
         self._learn(True)
-        if self.freeze:
-            self._hold_batch_statistics(pl_module)
+        if self._frozen:
+            self._frozen.hold_statistics()
         steps = self.total_steps or trainer.estimated_stepping_batches
         self._horizon = steps if steps > 0 else math.inf
         if math.isinf(self._horizon):
@@ -288,8 +277,8 @@ class TokenCompression(MethodCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Adds the budget's gradient, which depends on no batch, and steps the rates."""
         hypers, own = self._learner()
-        if self._anchor is not None:
-            self._anchor.grad = None
+        if self._frozen:
+            self._frozen.drop_gradient()
         if self.step == 0 and len(cast(RateLayout, self._layout).blocks) > 1 and hypers.raw["kept"].grad is None:
             rank_zero_warn(
                 "Your loss does not depend on the rates, so the budget alone moves them: the training step does not run "
@@ -307,11 +296,6 @@ class TokenCompression(MethodCallback):
         if trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:  # type: ignore[attr-defined]
             values |= self._block_counts()
         self.log_values(pl_module, values)
-
-    def _hold_batch_statistics(self, pl_module: LightningModule) -> None:
-        """Running statistics are weights, too: they stay what they are."""
-        norms = [m for m in pl_module.modules() if isinstance(m, _BATCH_NORMS) and m.training]
-        self._held += [norm.eval() for norm in norms]
 
     def _add_budget_gradient(self) -> dict[str, Tensor | float]:
         layout, kept = cast(RateLayout, self._layout), self._kept()
@@ -369,11 +353,9 @@ class TokenCompression(MethodCallback):
     def _detach(self) -> None:
         if self._anatomy is not None:
             remove_token_compression(self._anatomy.model)
-        for parameter, required in self._frozen:
-            parameter.requires_grad_(required)
-        for norm in self._held:
-            norm.train()
-        self._anatomy, self._tokens, self._anchor, self._frozen, self._held = None, None, None, [], []
+        if self._frozen:
+            self._frozen.restore()
+        self._anatomy = self._tokens = self._frozen = None
 
     # The rates
 

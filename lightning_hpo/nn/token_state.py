@@ -142,7 +142,7 @@ class TokenState:
             plan: What this block keeps: counts of shape ``(kinds,)``, survival ``(kinds, patches + 1)``.
         """
         mask = torch.ones_like(ranked.scores) if self.mask is None else self.mask
-        living = mask.new_tensor(0.0) + mask.shape[1] if self.living is None else self.living
+        living = mask.new_full((), float(mask.shape[1])) if self.living is None else self.living
         alive = mask.detach() > 0.5
         rank = token_ranks(ranked.scores, alive)
         if len(plan.kept) == 2:
