@@ -111,17 +111,27 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, st
 
 def conclude(script: str, chosen: Any, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
     """Prints what was measured on, and writes the JSON file."""
-    measured_on = machine()
-    console.print(", ".join(f"{name} {value}" for name, value in measured_on.items() if value is not None))
+    console.print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None))
+    if path := write(script, chosen, rows, **facts):
+        console.print(f"written: {os.path.relpath(path)}")
+
+
+def write(script: str, chosen: Any, rows: Sequence[Mapping[str, Any]], **facts: Any) -> Path | None:
+    """Writes the JSON file, one line a row; returns where, if anywhere."""
     path = chosen.out or (None if chosen.quick else RESULTS / f"{Path(script).stem}.json")
     if path is None:
-        return
+        return None
+    content = {"command": _command(script, chosen), "machine": machine(), **facts}
+    fields = [f"  {json.dumps(name)}: {_lines(value)}" for name, value in (content | {"rows": rows}).items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": _command(script, chosen), "machine": measured_on, **facts}
-    fields = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-    lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)  # one line a row
-    path.write_text(",\n".join(["{\n" + fields[0], *fields[1:], f'  "rows": [\n{lines}\n  ]\n}}\n']), encoding="utf-8")
-    console.print(f"written: {os.path.relpath(path)}")
+    path.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
+    return path
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
 
 
 def _command(script: str, chosen: Any) -> str:
