@@ -40,7 +40,7 @@ class AtEachStep(Callback):
 # The optimization
 
 
-def by_hand(steps, freeze=True, target=0.6, lr=0.3, weight=100.0, min_lr=0.001):
+def by_hand(steps, freeze=True, target=0.6, lr=0.3, weight=30.0, min_lr=0.001):
     """The same rates, learned by a loop without Lightning; the budget's gradient by autograd of the cost's slope."""
     module, data = TinyClassifier(), TinyImages(8)
     anatomy = describe(module.network)
@@ -49,7 +49,7 @@ def by_hand(steps, freeze=True, target=0.6, lr=0.3, weight=100.0, min_lr=0.001):
     own = torch.optim.AdamW([rates], lr=lr, weight_decay=0.0)
     users = module.configure_optimizers()
     attach(anatomy, probabilities=lambda: rates.softmax(-1)).learning = True
-    loader = data.train_dataloader()
+    loader, multiplier = data.train_dataloader(), 0.0
     for step, (images, labels) in zip(range(steps), loader, strict=False):
         own.param_groups[0]["lr"] = (
             min_lr + (lr - min_lr) * (1 + torch.tensor(torch.pi * step / steps).cos().item()) / 2
@@ -57,7 +57,9 @@ def by_hand(steps, freeze=True, target=0.6, lr=0.3, weight=100.0, min_lr=0.001):
         kept = kept_tokens(rates.softmax(-1), candidates, prefix=0)
         macs, slope = layout.cost.count_and_slope(*layout.counts(kept.detach()))
         full = layout.cost.full
-        budget = (2 * weight * (macs - target * full) / full**2 * slope[1:] * kept).sum()
+        excess = macs / full - target
+        budget = ((2 * weight * excess + multiplier) / full * slope[1:] * kept).sum()
+        multiplier = multiplier + 2 * 0.05 * weight * excess
         own.zero_grad()
         users["optimizer"].zero_grad()
         (F.cross_entropy(module(images), labels) + budget).backward()
