@@ -42,7 +42,10 @@ def attend(
     else:
         out = _masked(query, key, value, mask, bias, dropout, attn.scale)
     ranked = _rank(query, key, bias, mask, state, attn.scale) if rank else None
-    return _finish(attn, out.transpose(1, 2).flatten(2), x), ranked
+    out = out.transpose(1, 2)
+    if torch.onnx.is_in_onnx_export():  # written out as plain attention, the result lies in another order in memory
+        out = out.clone(memory_format=torch.contiguous_format)
+    return _finish(attn, out.flatten(2), x), ranked
 
 
 def _masked(

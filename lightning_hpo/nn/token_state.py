@@ -177,7 +177,7 @@ class TokenState:
         living = x.shape[1] - self.prefix
         kept = min(prune - self.prefix, living)
         left = min(merge - self.prefix, kept)
-        order = ranked.scores.argsort(dim=1, descending=True, stable=True)[:, :kept]
+        order = _most_important(ranked.scores, kept)
         x = self._take_patches(x, order)
         size = None if self.size is None else self.size.gather(1, order)
         positions = order if self.positions is None else self.positions.gather(1, order)
@@ -271,6 +271,13 @@ def _keys(ranked: RankedTokens) -> Tensor:
     if ranked.keys is None:
         raise ValueError("Tokens are to be matched by their attention keys, which were not kept.")
     return ranked.keys
+
+
+def _most_important(scores: Tensor, kept: int) -> Tensor:
+    """Places of the ``kept`` highest scores, ties to the lowest place."""
+    if torch.onnx.is_in_onnx_export():  # ONNX knows no stable sort, but its TopK resolves ties like one
+        return scores.topk(kept, dim=1).indices
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :kept]
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
