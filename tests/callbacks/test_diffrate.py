@@ -189,6 +189,13 @@ def test_freezing_restores_what_wanted_a_gradient(end):
     module(torch.randn(2, 1, 8, 8)).sum().backward()
 
 
+def test_parameters_of_the_module_are_neither_hidden_nor_added():
+    seen = []
+    names = [name for name, _ in TinyClassifier().named_parameters()]
+    learned(steps=2, extra=(AtEachStep(lambda _, m: seen.append([name for name, _ in m.named_parameters()])),))
+    assert seen == [names, names]
+
+
 def test_an_optimizer_over_what_wants_a_gradient():
     class Filtering(TinyClassifier):
         def configure_optimizers(self):

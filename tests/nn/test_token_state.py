@@ -184,3 +184,32 @@ def test_bipartite_keeps_sizes_and_groups():
     counts = torch.stack([(state.group == row).sum(1) for row in range(4)], 1)
     assert torch.equal(counts.float(), state.size)
     assert state.size.sum(1).tolist() == [PATCHES, PATCHES]
+
+
+def test_merging_is_off_where_it_would_keep_more_than_pruning():
+    """As at the start, where both counts are equal: nothing merges, and the merge rates feel the budget alone."""
+    for prune, merge in [(5, 5), (5, 8)]:
+        state = state_of()
+        x, ranked = tokens(1)
+        survival = survival_probability(torch.rand(2, PATCHES).softmax(-1), PATCHES).requires_grad_()
+        out = state.mask_tokens(x, ranked, KeptPlan(torch.tensor([float(prune), float(merge)]), survival))
+        assert torch.equal(out, x)
+        assert state.size.eq(1).all()
+        (slope,) = torch.autograd.grad((state.mask * torch.randn(2, PATCHES)).sum(), survival)
+        assert slope[0].abs().max() > 0
+        assert slope[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False])
+def test_sizes_and_masks_are_kept_in_single_precision(dtype, masked):
+    state = state_of()
+    x, ranked = tokens(1)
+    if masked:
+        out = state.mask_tokens(x.to(dtype), ranked, plan_of(8, 4))
+        assert state.mask.dtype == torch.float32
+    else:
+        out = state.slice_tokens(x.to(dtype), ranked, 9, 5)
+    assert out.dtype == dtype
+    assert state.size.dtype == state.log_size().dtype == torch.float32
+    assert state.size.max() > 1

@@ -79,7 +79,7 @@ def masked_attention(
     """
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
-    spare = 0 if query.device.type == "cpu" else -(width + 2) % 8  # fused kernels of GPUs want a multiple of eight
+    spare = _spare_columns(width + 2, query.device)
     live = mask[:, None, :, None].to(value.dtype).expand(*value.shape[:-1], 1)
     tilt = bias[:, None, :, None].to(key.dtype).expand_as(live)
     with torch.no_grad():
@@ -95,3 +95,8 @@ def masked_attention(
     seen = (total + own).clamp(min=_FAINT if value.dtype == torch.float16 else _TINY)
     out = torch.addcmul(plain, own, value) / seen
     return torch.lerp(out.detach(), out, (seen.detach() / _FAINT).clamp(max=1.0))
+
+
+def _spare_columns(width: int, device: torch.device) -> int:
+    """Columns to add, as fused kernels of GPUs want a multiple of eight."""
+    return 0 if device.type == "cpu" else -width % 8

@@ -5,6 +5,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_hpo.functional.compression.diffrate import (
+    bound_dead_pull,
     candidate_counts,
     kept_plan,
     kept_tokens,
@@ -176,3 +177,12 @@ def test_ties_dead_before_living():
         assert rank[~alive].tolist() == [2, 3, 4]
     half = token_ranks(torch.zeros(1, 5, dtype=torch.float16), alive)
     assert half[alive].tolist() == [0, 1]
+
+
+def test_dead_tokens_pull_at_most_ten_times_as_hard_as_the_living_of_their_image():
+    mask = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]], requires_grad=True)
+    pull = torch.tensor([[0.1, -0.3, 1000.0, -2.0], [5.0, -1000.0, 1.0, 49.0]])
+    out = bound_dead_pull(mask)
+    assert torch.equal(out, mask)
+    (out * pull).sum().backward()
+    torch.testing.assert_close(mask.grad, torch.tensor([[0.1, -0.3, 3.0, -2.0], [5.0, -50.0, 1.0, 49.0]]))

@@ -4,7 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_hpo.functional.compression.masked_attention import masked_attention, masked_softmax
+from lightning_hpo.functional.compression import masked_attention as module
+from lightning_hpo.functional.compression.masked_attention import _spare_columns, masked_attention, masked_softmax
+
+
+@pytest.fixture(params=["cpu", "gpu"], autouse=True)
+def _layout(request, monkeypatch):
+    """The layout of either kind of device, wherever the test runs."""
+    monkeypatch.setattr(
+        module,
+        "_spare_columns",
+        lambda width, _: _spare_columns(width, torch.device({"cpu": "cpu", "gpu": "cuda"}[request.param])),
+    )
 
 
 def problem(dtype=torch.float64, tokens=7, width=5, seed=0):
@@ -147,3 +158,10 @@ def test_no_square_matrix_is_kept_for_the_backward_pass():
         masked_attention(*inputs).sum().backward()
     assert saved
     assert not [shape for shape in saved if shape[-2:] in ((50, 50), (50, 51))]
+
+
+def test_columns_are_a_multiple_of_eight_where_fused_kernels_want_it():
+    for width in (1, 6, 32, 64, 65):
+        assert (width + _spare_columns(width, torch.device("cuda"))) % 8 == 0
+        assert _spare_columns(width, torch.device("cuda")) < 8
+        assert _spare_columns(width, torch.device("cpu")) == 0
