@@ -115,6 +115,7 @@ class TokenCompression(MethodCallback):
         self._layout: RateLayout | None = None  # once the network is known
         self._tokens: TokenState | None = None  # while attached
         self._frozen: FrozenModule | None = None
+        self._loaded: dict[str, Any] | None = None  # the schedule of a loaded state
         self._horizon = math.inf
 
     def _argument_problems(self) -> list[str]:
@@ -141,11 +142,13 @@ class TokenCompression(MethodCallback):
         """Tokens that each block keeps, as learned so far; reads them back to the host.
 
         Raises:
-            RuntimeError: Before the network is known, that is before ``fit``.
+            RuntimeError: Before ``fit``, if no state was loaded.
             ValueError: If the rates are not finite, because the loss was not.
         """
         if self._layout is None:
-            raise RuntimeError("There is no schedule yet: `trainer.fit(module)` learns it.")
+            if self._loaded is None:
+                raise RuntimeError("There is no schedule yet: `trainer.fit(module)` learns it.")
+            return TokenCompressionSchedule.from_dict(self._loaded)
         return self._layout.schedule(self._kept().detach())
 
     @override
@@ -163,13 +166,17 @@ class TokenCompression(MethodCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """The rates, their optimizer, the step, and the schedule for whoever reads the file."""
-        schedule = None if self._layout is None else self.schedule.to_dict()
+        schedule = self._loaded if self._layout is None else self.schedule.to_dict()
         return {**super().state_dict(), "schedule": schedule}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the rates; the schedule follows from them."""
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "schedule"})
+        try:
+            super().load_state_dict({name: value for name, value in state_dict.items() if name != "schedule"})
+        except RuntimeError as error:  # from `torch.nn.Module`, which names the shapes
+            self.raise_all([f"the checkpoint's rates are for another granularity, depth or image size: {error}"])
+        self._loaded = state_dict.get("schedule")
 
     # Around training
 
@@ -221,14 +228,15 @@ class TokenCompression(MethodCallback):
             self.hypers = HyperparameterSet(kept=Simplex(torch.full(shape, 1 / candidates)))
         elif tuple(self.hypers["kept"].shape) != shape:
             self.raise_all(["the rates were learned for a network of another depth or image size; use a new callback."])
-        if self.optimizer is None:
-            self._optimize_anew()
+        self.optimizer = self.optimizer or self._new_optimizer()
         self._layout = layout
         self.restore_pending()
 
+    def _new_optimizer(self) -> Optimizer:
+        return torch.optim.AdamW(cast(HyperparameterSet, self.hypers).parameters(), lr=self.lr, weight_decay=0.0)
+
     def _optimize_anew(self) -> None:
-        hypers = cast(HyperparameterSet, self.hypers)
-        self.optimizer = torch.optim.AdamW(hypers.parameters(), lr=self.lr, weight_decay=0.0)
+        self.optimizer = self._new_optimizer()
         self.step = 0
         self.multiplier = torch.zeros(())
 

@@ -119,6 +119,10 @@ def _describe_vit(model: Any) -> Anatomy:
     blocks = tuple(model.blocks)
     if not blocks or any(type(b) not in COMPRESSED_BLOCKS or type(b.attn) not in SUPPORTED_ATTENTION for b in blocks):
         raise TypeError(_nothing_found(model))
+    if len(set(blocks)) < len(blocks):
+        raise NotImplementedError(
+            f"`{type(model).__name__}` runs one block several times; each needs counts of its own."
+        )
     pools_patches = _check_pooling(model)
     exempt = [index == 0 for index in range(len(blocks))]
     exempt[-1] |= pools_patches

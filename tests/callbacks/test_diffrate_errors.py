@@ -268,6 +268,10 @@ def test_rates_of_another_network(tmp_path):
     compression = train(Holder(), None, saver)
     with pytest.raises(MisconfigurationException, match="another depth or image size"):
         train(Holder(depth=5), compression)
+    with pytest.raises(MisconfigurationException, match="another granularity, depth or image size"):
+        tiny_trainer(TokenCompression(0.6, granularity=2), max_steps=3).fit(
+            Holder(), TinyImages(8).train_dataloader(), ckpt_path=tmp_path / "end.ckpt"
+        )
     with pytest.raises(MisconfigurationException, match="written with `module=None` \\(here 'network'\\)"):
         tiny_trainer(TokenCompression(0.6, "network"), max_steps=3).fit(
             Holder(), TinyImages(8).train_dataloader(), ckpt_path=tmp_path / "end.ckpt"

@@ -53,6 +53,20 @@ def test_kept_counts_survive_reload(tmp_path):
     assert torch.load(path, weights_only=True)["callbacks"][compression.state_key]["schedule"] == reloaded["schedule"]
 
 
+def test_a_state_loaded_by_hand(tmp_path):
+    """Before the network is known: the schedule is there, evaluation is short, and saving again loses nothing."""
+    compression, module = learned()
+    fresh = TokenCompression(0.6)
+    fresh.load_state_dict(compression.state_dict())
+    assert fresh.schedule == compression.schedule
+    assert fresh.state_dict()["schedule"] == compression.state_dict()["schedule"]
+    lengths = []
+    module.network.blocks[3].mlp.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    tiny_trainer(fresh).validate(module, TinyImages(8), verbose=False)  # a warning would say that it is dense
+    assert set(lengths) == {compression.schedule.merge[-1]}
+    assert fresh.schedule == compression.schedule
+
+
 @pytest.mark.parametrize("evaluate", ["validate", "test", "predict"])
 def test_evaluation_is_short_and_the_network_is_given_back(evaluate):
     compression, module = learned()

@@ -84,6 +84,13 @@ def test_pooling_that_reads_dropped_tokens(pool):
         describe(tiny(global_pool=pool, class_token=True))
 
 
+def test_a_block_that_runs_several_times():
+    model = tiny()
+    model.blocks[2] = model.blocks[1]
+    with pytest.raises(NotImplementedError, match="runs one block several times"):
+        describe(model)
+
+
 def test_applying_twice():
     model = apply_token_compression(tiny(), TINY)
     for act in (lambda: apply_token_compression(model, TINY), lambda: describe(model), lambda: vit_macs(model)):
