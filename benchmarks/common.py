@@ -50,6 +50,7 @@ def machine() -> dict[str, Any]:
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": _clock(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "lightning")},
@@ -69,12 +70,14 @@ class Timing:
     ratio: float
 
 
-def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
-    """Times functions side by side: A B C, A B C, ...; ratios are to A."""
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, calls: int = 1
+) -> dict[str, Timing]:
+    """Times functions side by side: A B C, A B C, ...; ratios are to A; `calls` a round where one is too short."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warmup, rounds):
         for name, function in functions.items():
-            spent = _seconds(function)
+            spent = _seconds(function, calls)
             if turn >= 0:
                 seconds[name].append(spent)
     first = next(iter(seconds.values()))
@@ -89,14 +92,21 @@ def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int, warmup: i
     }
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _clock() -> str:
+    """One thread on the CPU is timed by the CPU time it gets: what else runs on the machine does not count."""
+    return "CPU time" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "wall"
+
+
+def _seconds(function: Callable[[], Any], calls: int) -> float:
+    now = time.process_time if _clock() == "CPU time" else time.perf_counter
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
+    start = now()
+    for _ in range(calls):
+        function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (now() - start) / calls
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
