@@ -26,6 +26,7 @@ from lightning_hpo.nn.token_state import TokenState
 __all__ = ["TokenCompression"]
 
 _WEIGHT = {"relative": 30.0, "absolute": 5.0}
+_MULTIPLIER_REACH = 0.02  # excess beyond which the multiplier grows no faster, so that it does not overshoot
 _MULTIPLIER_RATE = 0.05  # share of the quadratic term's slope that the multiplier takes over in each step
 
 
@@ -313,7 +314,8 @@ class TokenCompression(MethodCallback):
         macs, loss, slope = layout.budget_slope(kept, budget, self.macs_weight, unit, self.multiplier)
         kept.backward(slope)
         if relative:
-            self.multiplier = self.multiplier + 2 * _MULTIPLIER_RATE * self.macs_weight * (macs - budget) / unit
+            excess = ((macs - budget) / unit).clamp(-_MULTIPLIER_REACH, _MULTIPLIER_REACH)
+            self.multiplier = self.multiplier + 2 * _MULTIPLIER_RATE * self.macs_weight * excess
         return {"macs_ratio": macs / full, "macs_loss": loss, "multiplier": self.multiplier}
 
     def _block_counts(self) -> dict[str, Tensor | float]:

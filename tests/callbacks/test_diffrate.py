@@ -59,7 +59,7 @@ def by_hand(steps, freeze=True, target=0.6, lr=0.3, weight=30.0, min_lr=0.001):
         full = layout.cost.full
         excess = macs / full - target
         budget = ((2 * weight * excess + multiplier) / full * slope[1:] * kept).sum()
-        multiplier = multiplier + 2 * 0.05 * weight * excess
+        multiplier = multiplier + 2 * 0.05 * weight * excess.clamp(-0.02, 0.02)
         own.zero_grad()
         users["optimizer"].zero_grad()
         (F.cross_entropy(module(images), labels) + budget).backward()
