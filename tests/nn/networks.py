@@ -4,6 +4,7 @@ from functools import partial
 
 import timm
 import torch
+from timm.layers.attention import Attention as GatedAttention
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from timm.models.vision_transformer import ResPostBlock
 
@@ -19,6 +20,15 @@ CAFORMER = {
     "token_mixers": [SepConv, SepConv, Attention, Attention],
     "norm_layers": [LayerNorm2dNoBias] * 2 + [LayerNormNoBias] * 2,
 }
+
+
+def gated(**arguments):
+    """A network with gates behind its attention, which timm offers for the layer."""
+    model = timm.create_model("vit_tiny_patch16_224", **arguments)
+    for block in model.blocks:
+        block.attn = GatedAttention(192, num_heads=3, qkv_bias=True, gated=True)
+    return model
+
 
 NETWORKS = {
     "class token": ("vit_tiny_patch16_224", SMALL),
@@ -41,6 +51,18 @@ NETWORKS = {
     "Perception Encoder": ("vit_pe_core_tiny_patch16_384", {**SMALL, "depth": 3}),
     "mixed RoPE": ("vit_small_patch16_rope_mixed_224", SMALL),
     "post-norm EVA": ("eva02_tiny_patch14_224", {**SMALL_14, "use_post_norm": True, "init_values": None}),
+    "gated": (gated, SMALL),
+    "grouped queries": (
+        "eva02_tiny_patch14_224",
+        {
+            **SMALL_14,
+            "attn_type": "rope",
+            "num_kv_heads": 1,
+            "qkv_fused": False,
+            "rope_rotate_half": True,
+            "attn_only_layer_scale": True,
+        },
+    ),
     "CAFormer": (MetaFormer, CAFORMER),
 }
 

@@ -147,6 +147,31 @@ def test_one_image_and_none(batch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize(
+    ("name", "prefix_weight"),
+    [("MAE pool", 0.0), ("MAE pool with prefix", 1.0), ("no class token", 0.0), ("EVA-02", 0.0), ("DINOv3", 0.0)],
+)
+def test_average_pooling_counts_a_token_as_often_as_it_was_merged(name, prefix_weight, learning):
+    if learning:
+        model = networks.build(name)
+        state = networks.learn(model)[2]
+        model.train()
+    else:
+        model = compressed(name)
+        state = model.blocks[0].token_compression.state
+    features = model.forward_features(networks.images(model))
+    for image in range(2):
+        total, count = features.new_zeros(features.shape[-1]), 0.0
+        for place, feature in enumerate(features[image]):
+            patch = place - state.prefix
+            dead = patch >= 0 and state.mask is not None and state.mask[image, patch] == 0
+            weight = prefix_weight if patch < 0 else 0.0 if dead else state.size[image, patch].item()
+            total, count = total + weight * feature, count + weight
+        torch.testing.assert_close(model.pool(features)[image], total / count, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_images_of_a_batch_do_not_see_each_other():
     model = compressed("DINOv3")
     x = networks.images(model, batch=3)
