@@ -236,8 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = ("--data", {"nargs": "+", "choices": list(TASKS), "default": ["digits", "MNIST", "Fashion-MNIST"]})
     seeds = ("--seeds", {"type": int, "default": 3, "help": "3 by default"})
     steps = ("--steps", {"type": int, "default": None, "help": "steps of rate learning; 800 by default"})
+    targets = ("--targets", {"type": float, "nargs": "+", "default": None, "help": "those of the data set by default"})
     assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
-    chosen = parse(__doc__, arguments, data, seeds, steps, assets)
+    chosen = parse(__doc__, arguments, data, seeds, steps, targets, assets)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", message=".*(does not have many workers|LeafSpec|logging interval|across ranks is zero).*"
@@ -245,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tasks = present(["digits"] if chosen.quick else chosen.data)
     if chosen.quick:
         tasks = {n: replace(t, epochs=1, limit=128, steps=4, targets=(0.7,)) for n, t in tasks.items()}
-    if chosen.steps:
-        tasks = {n: replace(t, steps=chosen.steps) for n, t in tasks.items()}
+    asked = {"steps": chosen.steps, "targets": chosen.targets and tuple(chosen.targets)}
+    tasks = {n: replace(t, **{key: value for key, value in asked.items() if value}) for n, t in tasks.items()}
     folder = chosen.assets or (None if chosen.quick else ASSETS)
     own: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
