@@ -83,6 +83,17 @@ def test_evaluation_is_short_and_the_network_is_given_back(evaluate):
     assert type(module.network) is VisionTransformer
 
 
+def test_validation_within_training_is_short_and_training_goes_on_by_mask():
+    compression, module, lengths = TokenCompression(0.6, lr=0.3), TinyClassifier(), []
+    block = module.network.blocks[3].mlp
+    block.register_forward_pre_hook(lambda _, inputs: lengths.append((module.training, inputs[0].shape[1])))
+    tiny_trainer(compression, max_epochs=2).fit(module, TinyImages(8))
+    assert [length for training, length in lengths if training] == [17] * 12
+    checks = [length for training, length in lengths if not training]
+    assert checks[:2] == [10, 10]  # before the first step: half of the patches
+    assert checks[-1] == compression.schedule.merge[-1] < 10
+
+
 def test_training_resumes_to_identical_rates_after_a_kill():
     whole, _, resumed = kill_and_resume(lambda: TokenCompression(0.6, lr=0.3), steps=9, kill_at=4)
     (key,) = (k for k in whole.method["hypers"] if "kept" in k)
