@@ -15,7 +15,7 @@ from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.frozen import FrozenModule
 from lightning_hpo.functional.compression.budget import parse_budget
-from lightning_hpo.functional.compression.diffrate import candidate_counts, kept_tokens
+from lightning_hpo.functional.compression.diffrate import candidate_counts, initial_probabilities, kept_tokens
 from lightning_hpo.functional.compression.rates import RateLayout
 from lightning_hpo.functional.compression.schedule import TokenCompressionSchedule
 from lightning_hpo.hyper import HyperparameterSet, Simplex
@@ -226,7 +226,7 @@ class TokenCompression(MethodCallback):
             )
         shape = (layout.kinds, len(layout.blocks), candidates)
         if self.hypers is None:
-            self.hypers = HyperparameterSet(kept=Simplex(torch.full(shape, 1 / candidates)))
+            self.hypers = HyperparameterSet(kept=Simplex(initial_probabilities(*shape)))
         elif tuple(self.hypers["kept"].shape) != shape:
             self.raise_all(["the rates were learned for a network of another depth or image size; use a new callback."])
         self.optimizer = self.optimizer or self._new_optimizer()

@@ -9,6 +9,7 @@ __all__ = [
     "KeptPlan",
     "bound_dead_pull",
     "candidate_counts",
+    "initial_probabilities",
     "kept_plan",
     "kept_tokens",
     "straight_through_mask",
@@ -21,6 +22,7 @@ __all__ = [
 _CEIL_TOLERANCE = 1e-3
 # On handwritten digits a bound of 1 makes all blocks alike, one of 1000 stalls above tight budgets; 10 to 100 do well.
 _DEAD_PULL = 10.0
+_PRUNE_LOGIT = 6.0  # of the largest count when pruning begins; the smallest has its negative
 
 
 def candidate_counts(patches: int, granularity: int = 1, device: torch.device | str | None = None) -> Tensor:
@@ -95,6 +97,33 @@ def kept_tokens(probabilities: Tensor, candidates: Tensor, prefix: int = 1) -> T
     expected = (probabilities * candidates.to(probabilities.dtype)).sum(-1)
     whole = (expected.detach() - _CEIL_TOLERANCE).ceil()
     return whole + (expected - expected.detach()) + prefix
+
+
+def initial_probabilities(kinds: int, blocks: int, candidates: int) -> Tensor:
+    """Probabilities to begin learning with: merging keeps about half of the patches, pruning nearly all of them.
+
+    The paper begins with equal probabilities for both. Then pruning, which comes first in a block, does all the work at
+    the beginning, and what it drops merging would often have kept: accuracy suffers. From here on the gradient moves
+    tokens from one to the other as it sees fit.
+
+    Args:
+        kinds: 2 for counts after pruning and after merging, 1 for counts after merging alone.
+        blocks: Blocks that compress.
+        candidates: Candidate counts of each.
+
+    Returns:
+        Probabilities of the candidates, the largest count first, shape ``(kinds, blocks, candidates)``.
+
+    Example:
+        >>> start = initial_probabilities(kinds=2, blocks=1, candidates=16)
+        >>> kept_tokens(start, candidate_counts(16), prefix=0)
+        tensor([[16.],
+                [ 9.]])
+    """
+    merge = torch.full((candidates,), 1 / candidates)
+    prune = torch.linspace(_PRUNE_LOGIT, -_PRUNE_LOGIT, candidates).softmax(0)
+    rows = torch.stack([prune, merge])[2 - kinds :]
+    return rows[:, None, :].expand(kinds, blocks, candidates).clone()
 
 
 class KeptPlan(NamedTuple):
