@@ -1,0 +1,112 @@
+"""A module's loss as a function of its parameters, and what single samples contribute to its gradient."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hpo.functional.batching.vmap_statistics import PerSampleStatistics, per_sample_statistics
+from lightning_hpo.nn.per_sample import PerSampleGradients
+
+__all__ = ["PerSampleGradients", "PerSampleStatistics", "batch_mixing_layers", "loss_of", "per_sample_statistics"]
+
+
+def batch_mixing_layers(module: nn.Module) -> list[str]:
+    """Layers that make the loss of one sample depend on the others, as the module is now: in train mode or not.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Names of batch norms, with those of other ranks and those derived from them, that use the batch's statistics.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        >>> batch_mixing_layers(net), batch_mixing_layers(net.eval())
+        (['1'], [])
+    """
+    norms = [(name, norm) for name, norm in module.named_modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    return [name for name, norm in norms if norm.training or norm.running_mean is None]
+
+
+def loss_of(module: nn.Module, method: str = "training_step") -> Callable[..., Tensor]:
+    """The loss as a function of the parameters, through :func:`torch.func.functional_call`.
+
+    The method runs on a shallow copy whose ``log``, ``log_dict`` and ``print`` do nothing and whose own metrics of
+    torchmetrics count nothing; the user's module keeps its attributes, hooks and metrics.
+
+    Args:
+        module: The user's module.
+        method: Its method that takes a batch and returns a loss, or a mapping with one under ``"loss"``.
+
+    Returns:
+        A function ``(params, batch, *args)`` that returns a scalar. Names that ``params`` lacks keep their values. A
+        second argument named ``batch_idx`` is 0 unless given.
+
+    Raises:
+        ValueError: If the module has no such method.
+
+    Example:
+        >>> class Net(nn.Linear):
+        ...     def training_step(self, batch, batch_idx):
+        ...         self.log("batch_idx", batch_idx)
+        ...         return self(batch).sum()
+        >>> loss = loss_of(Net(1, 1))
+        >>> loss({"weight": torch.tensor([[2.0]]), "bias": torch.tensor([1.0])}, torch.tensor([[3.0]]))
+        tensor(7.)
+    """
+    if not callable(getattr(module, method, None)):
+        raise ValueError(f"`{type(module).__name__}` has no method `{method}`")
+    step = _Step(_muted(module), method)
+    expected = list(inspect.signature(getattr(module, method)).parameters)
+    filling = (0,) if expected[1:2] == ["batch_idx"] else ()
+
+    def loss(params: Mapping[str, Tensor], batch: Any, *args: Any) -> Tensor:
+        inside = {f"module.{name}": value for name, value in params.items()}
+        found = torch.func.functional_call(step, inside, (batch, *(args or filling)))
+        value = found["loss"] if isinstance(found, Mapping) else found
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"`{method}` must return a scalar loss, got {shape}")
+        return value.reshape(())
+
+    return loss
+
+
+class _Step(nn.Module):
+    """`functional_call` calls `forward`; this one calls another method."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *args: Any) -> Any:
+        return getattr(self.module, self.method)(*args)
+
+
+class _Deaf(nn.Module):
+    """Stands where a metric was: a metric would keep tensors of a pass that is over."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())
+
+    update = compute = reset = forward
+
+
+def _muted(module: nn.Module) -> nn.Module:
+    muted = object.__new__(type(module))
+    muted.__dict__.update(module.__dict__)
+    muted.__dict__.update(dict.fromkeys(("log", "log_dict", "print"), _nothing))
+    children = {name: _Deaf() if _is_metric(child) else child for name, child in module._modules.items()}
+    muted.__dict__["_modules"] = children
+    return muted
+
+
+def _is_metric(module: nn.Module | None) -> bool:
+    return any(kind.__module__.startswith("torchmetrics.") for kind in type(module).__mro__)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
