@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "broadcast", "gather", "mean", "mean_gradients", "rank", "sum", "world_size"]
+__all__ = ["agree", "broadcast", "gather", "mean", "mean_gradients", "minimum", "rank", "sum", "world_size"]
 
 
 def world_size() -> int:
@@ -71,6 +71,25 @@ def mean(tensor: Tensor) -> Tensor:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"the mean of a tensor of type {tensor.dtype} would be truncated; convert it with `.float()`")
     return sum(tensor).div_(world_size())
+
+
+def minimum(tensor: Tensor) -> Tensor:
+    """Smallest value over ranks, entry by entry.
+
+    Args:
+        tensor: Any shape and real number type, the same on every rank.
+
+    Returns:
+        A new tensor of the same shape, detached.
+
+    Example:
+        >>> minimum(torch.tensor([1, 2]))
+        tensor([1, 2])
+    """
+    least = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def run_rank(rank: int, folder: str) -> None:
     seen["mean"] = distributed.mean(ours)
     seen["sum"] = distributed.sum(ours)
     seen["integer sum"] = distributed.sum(torch.tensor([2**40 + rank]))
+    seen["minimum"] = distributed.minimum(ours * torch.tensor([1, -1]))
+    seen["integer minimum"] = distributed.minimum(torch.tensor(2**40 - rank))
     seen["strided"] = distributed.sum(torch.arange(6.0).view(2, 3).T)
     seen["broadcast"] = [distributed.broadcast(ours, source=source) for source in (0, 1)]
     seen["untouched"] = ours
@@ -81,6 +83,11 @@ def test_mean_and_sum(ranks: list[dict[str, Any]]) -> None:
     assert not ranks[0]["with graph"]
 
 
+def test_minimum_is_taken_entry_by_entry(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["minimum"].tolist() == [1.0, -8.0]
+    assert ranks[1]["integer minimum"].item() == 2**40 - 1
+
+
 def test_arguments_are_never_changed(ranks: list[dict[str, Any]]) -> None:
     assert [r["untouched"].tolist() for r in ranks] == [[1.0, 2.0], [3.0, 8.0]]
 
@@ -117,7 +124,7 @@ def test_missing_gradients_count_as_zero(ranks: list[dict[str, Any]]) -> None:
 def test_without_a_process_group_everything_is_a_copy() -> None:
     assert "RANK" not in os.environ
     values = torch.tensor([1.0, 2.0])
-    for collective in (distributed.mean, distributed.sum, distributed.broadcast):
+    for collective in (distributed.mean, distributed.sum, distributed.minimum, distributed.broadcast):
         copy = collective(values)
         assert torch.equal(copy, values)
         copy.zero_()
