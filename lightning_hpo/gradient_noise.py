@@ -1,0 +1,252 @@
+"""How noisy is the gradient? Sums from which the variance of single-sample gradients follows, read while training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_hpo import distributed
+from lightning_hpo.functional.batching.variances import coordinate_batch, group_trace, inner_product_variance
+from lightning_hpo.gradients import GroupNorms, squared_norm
+from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers, loss_of, per_sample_statistics
+
+__all__ = ["Estimator", "GradientNoise", "Reading", "choose_estimators"]
+
+Estimator = Literal["micro_batch", "ghost", "vmap", "difference"]
+_FEWEST_GROUPS = 4  # below this the variance between micro-batches is mostly luck
+_ENOUGH = 0.9  # share of the parameters that layer rules must cover for "auto" to take ghost norms
+_CHUNK = 16  # samples that "vmap" differentiates at a time
+
+
+class Reading(NamedTuple):
+    """What one optimizer step tells of the gradient's noise, reduced over ranks, still on the device.
+
+    Args:
+        values: In float64: trace of the covariance of single-sample gradients, squared norm of the mean gradient,
+            variance of the inner products with it, batch size that the coordinate-wise test asks for; the last two are
+            0 where they are not needed.
+        samples: Samples that the mean gradient was taken over.
+    """
+
+    values: Tensor
+    samples: int
+
+
+def choose_estimators(
+    estimator: str, module: nn.Module, single_samples: bool, groups: int
+) -> tuple[list[Estimator], dict[str, Tensor], list[str]]:
+    """Which estimators to use for a module, cheapest first, and on which parameters.
+
+    Args:
+        estimator: One of :data:`Estimator`, or ``"auto"``.
+        module: The user's module.
+        single_samples: Whether the policy needs gradients of single samples.
+        groups: Micro-batches of the first optimizer steps, over all ranks.
+
+    Returns:
+        The estimators; the parameters they watch by name, without those that layer rules do not cover where layer
+        rules are used; the problems, each with what to change.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    mixing = batch_mixing_layers(module)
+    covered = {name: trained[name] for name in PerSampleGradients(module).covered}
+    share = sum(p.numel() for p in covered.values()) / max(sum(p.numel() for p in trained.values()), 1)
+    ghost = not mixing and share >= _ENOUGH
+    if estimator == "auto":
+        exact: Estimator = "ghost" if ghost else "vmap"
+        if single_samples:
+            chosen = [exact]
+        else:
+            chosen = ["micro_batch", "ghost" if ghost else "difference"]
+    else:
+        chosen = [estimator]  # type: ignore[list-item]
+    problems = []
+    if mixing and {"ghost", "vmap"} & set(chosen):
+        problems.append(
+            f"{', '.join(mixing)} mix the samples of a batch, so that a single sample has no gradient; use "
+            "`estimator='micro_batch'`, or another norm."
+        )
+    if chosen == ["ghost"] and not covered:
+        problems.append("no layer of the module has a rule for ghost norms; use `estimator='vmap'`.")
+    if chosen == ["micro_batch"] and groups < 2:
+        problems.append(
+            "`estimator='micro_batch'` compares micro-batches, and a step has one; set `accumulate_grad_batches` to 2 or "
+            "more, use more ranks, or `estimator='difference'`."
+        )
+    if single_samples and not {"ghost", "vmap"} & set(chosen):
+        problems.append(f"the policy needs gradients of single samples; use `estimator='ghost'`, not {estimator!r}.")
+    return chosen, covered if "ghost" in chosen else trained, problems
+
+
+class GradientNoise:
+    """Reads the noise of the gradient out of the steps that a training loop takes anyway.
+
+    Args:
+        module: The user's module.
+        parameters: Those whose gradient is looked at, by name.
+        estimators: Those that may be used, cheapest first: ``"micro_batch"`` compares the gradients of micro-batches and
+            ranks, ``"ghost"`` takes the norms of single-sample gradients from the layers, ``"vmap"`` differentiates
+            samples one by one in an extra pass, ``"difference"`` compares two steps in a row.
+        inner: Whether the inner products with the mean gradient are needed; then ``"ghost"`` or ``"vmap"`` it is.
+        coordinate: Quantile of the coordinate-wise test, or None where it is not needed; the same holds.
+        max_samples: Samples that ``"ghost"`` and ``"vmap"`` look at in each micro-batch; None for all.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        estimators: Sequence[Estimator],
+        inner: bool = False,
+        coordinate: float | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self.estimators, self.inner, self.coordinate, self.max_samples = estimators, inner, coordinate, max_samples
+        self.module, self._parameters = module, dict(parameters)
+        self.using: Estimator | None = None  # in this window
+        self._previous: list[Tensor] = []  # the last step's gradient, for "difference"
+        self._previous_samples = 0
+        self._sums: list[Tensor] = []
+        self._batch: Any = None
+        self._groups = GroupNorms(self._parameters.values()) if "micro_batch" in estimators else None
+        self._ghost: PerSampleGradients | None = None
+        if "ghost" in estimators:
+            self._ghost = PerSampleGradients(module, max_samples, keep=self._single)
+            self._ghost.attach()
+        self.begin(0)
+
+    @property
+    def _single(self) -> bool:
+        return self.inner or self.coordinate is not None
+
+    def begin(self, groups: int) -> None:
+        """Begins a window.
+
+        Args:
+            groups: Micro-batches of the window over all ranks; 0 if nothing shall be read from it.
+        """
+        self._sums = []
+        self.using = self._choose(groups) if groups else None
+        if self._groups is not None:
+            self._groups.clear()
+            self._groups.enabled = self.using == "micro_batch"
+        if self._ghost is not None:
+            self._ghost.clear()
+            self._ghost.enabled = self.using == "ghost"
+
+    def _choose(self, groups: int) -> Estimator | None:
+        least = _FEWEST_GROUPS if len(self.estimators) > 1 else 2
+        for estimator in self.estimators:
+            if estimator != "micro_batch" or groups >= least:
+                return estimator
+        return None
+
+    def after_backward(self, batch: Any, size: int, unscale: Tensor | float) -> None:
+        """Notes what the backward pass of one micro-batch has shown.
+
+        Args:
+            batch: The micro-batch, for ``"vmap"``.
+            size: Its samples on this rank.
+            unscale: What turns the gradient seen into that of the micro-batch's mean loss.
+        """
+        if self.using == "micro_batch" and self._groups is not None:
+            self._sums.append(self._groups.take() * unscale * unscale * size)
+        elif self.using == "ghost" and self._ghost is not None:
+            squares = self._ghost.take().double()
+            self._sums.append(squares.mean() * size * (size * unscale) ** 2)
+        self._unscale = size * unscale
+        self._batch = batch if self.using == "vmap" else None
+
+    def read(self, sizes: Sequence[int]) -> Reading | None:
+        """Reduces the window to one reading; call it where gradients are averaged, unscaled and not clipped.
+
+        Args:
+            sizes: Samples of the window's micro-batches on this rank, the same on every rank.
+
+        Returns:
+            The reading, or None if this window gives none.
+        """
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        if self.using is None or not gradients:
+            return None
+        samples = sum(sizes) * distributed.world_size()
+        if self.using == "difference":
+            return self._difference(list(gradients.values()), samples)
+        square = squared_norm(gradients.values())
+        single = self._single_samples(gradients, samples) if self._single or self.using == "vmap" else {}
+        weighted = single["squares"] * sum(sizes) if self.using == "vmap" else torch.stack(self._sums).sum()
+        groups = len(sizes) * distributed.world_size() if self.using == "micro_batch" else samples
+        trace = group_trace(distributed.sum(weighted.to(square)), samples, groups, square)
+        zero = torch.zeros_like(square)
+        values = (trace, square, single.get("inner", zero), single.get("coordinate", zero))
+        return Reading(torch.stack([value.to(square) for value in values]), samples)
+
+    def _difference(self, gradients: list[Tensor], samples: int) -> Reading | None:
+        """Two steps in a row as two groups: biased where the gradient has changed between them."""
+        before, self._previous = self._previous, [g.detach().clone() for g in gradients]
+        comparable, self._previous_samples = self._previous_samples == samples, samples
+        if not before or not comparable:
+            return None
+        squares = (squared_norm(before) + squared_norm(gradients)) * samples
+        mean = squared_norm(torch._foreach_add(before, gradients)) / 4
+        trace = group_trace(squares, 2 * samples, 2, mean)
+        return Reading(torch.stack([trace, mean, 0 * mean, 0 * mean]), 2 * samples)
+
+    def _single_samples(self, gradients: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        """Means over single samples of the last micro-batch of every rank, and what follows from them."""
+        squares, inner, moments = self._by_vmap(gradients) if self._ghost is None else self._by_ghost(gradients)
+        local = torch.stack([squares.new_tensor(len(squares)), squares.sum(), inner.sum(), inner.square().sum()])
+        count, squared, summed, summed_squares = distributed.sum(local).unbind()
+        means = {"squares": squared / count}
+        if self.inner:
+            square = squared_norm(gradients.values())
+            means["inner"] = inner_product_variance(summed_squares, count, square, summed)
+        if self.coordinate is not None:
+            second = [distributed.sum(moments[name]).double() * (samples / count) for name in gradients]
+            means["coordinate"] = coordinate_batch(
+                second, [g.double() for g in gradients.values()], samples, self.coordinate
+            )
+        return means
+
+    def _by_ghost(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        ghost, unscale = cast(PerSampleGradients, self._ghost), self._unscale
+        squares = ghost.take().double() * unscale * unscale
+        inner = ghost.inner_products(gradients).double() * unscale
+        moments = ghost.second_moments() if self.coordinate is not None else {}
+        return squares, inner, {name: moment * unscale * unscale for name, moment in moments.items()}
+
+    def _by_vmap(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        with torch.enable_grad():
+            found = per_sample_statistics(
+                loss_of(self.module),
+                dict(self._parameters),
+                self._batch,
+                chunk_size=_CHUNK,
+                gradients=gradients,
+                moments=self.coordinate is not None,
+                max_samples=self.max_samples,
+            )
+        return found.squared_norms.double(), cast(Tensor, found.inner_products).double(), found.second_moments or {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last step's gradient, where steps are compared."""
+        return {"gradient": list(self._previous), "samples": self._previous_samples} if self._previous else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any], device: torch.device | str) -> None:
+        """Goes on with the gradient of the step before.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+            device: Where the module is.
+        """
+        if state_dict:
+            self._previous = [g.to(device) for g in state_dict["gradient"]]
+            self._previous_samples = state_dict["samples"]
+
+    def remove(self) -> None:
+        """Removes every hook."""
+        if self._groups is not None:
+            self._groups.remove()
+        if self._ghost is not None:
+            self._ghost.remove()

@@ -1,0 +1,76 @@
+"""Norms of the gradients of single micro-batches, read while the user's own backward pass runs."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["GroupNorms", "squared_norm"]
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Sum of the squares of all entries, in float64, without a copy of the tensors.
+
+    Args:
+        tensors: Any shapes, on one device.
+
+    Returns:
+        A scalar on that device.
+
+    Example:
+        >>> squared_norm([torch.tensor([3.0]), torch.tensor([0.0, 4.0])])
+        tensor(25., dtype=torch.float64)
+    """
+    norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float32)
+    return torch.stack([norm.double() for norm in norms]).square().sum()
+
+
+class GroupNorms:
+    """Squared norm of each micro-batch's own gradient, on this rank, before it is added up or averaged.
+
+    A hook on each parameter sees the gradient of one backward pass alone: before it is accumulated, before ranks
+    average it, and still multiplied by what the loss was multiplied by. It costs one reduction a parameter.
+
+    Args:
+        parameters: Those that are trained.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> norms = GroupNorms([weight])
+        >>> for factor in (1.0, 2.0):
+        ...     (factor * weight.sum()).backward()
+        ...     norms.take()
+        tensor(2., dtype=torch.float64)
+        tensor(8., dtype=torch.float64)
+        >>> norms.remove()
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.enabled = True
+        self._norms: list[Tensor] = []
+        self._handles: list[RemovableHandle] = [p.register_hook(self._note) for p in parameters if p.requires_grad]
+
+    def _note(self, gradient: Tensor) -> None:
+        if self.enabled:
+            # half precision would overflow; float32 is what the sum is taken in
+            self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=_wide(gradient.dtype)))
+
+    def take(self) -> Tensor:
+        """The sum of squares over all parameters of the latest backward pass, a scalar in float64."""
+        norms, self._norms = self._norms, []
+        return torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.double)
+
+    def clear(self) -> None:
+        """Forgets what has been noted."""
+        self._norms = []
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._norms = [], []
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype.itemsize >= 4 else torch.float32

@@ -1,0 +1,220 @@
+"""Batch sizes that change while a Trainer runs: in its loader, or by accumulation alone."""
+
+import math
+import warnings
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lightning_hpo.data import AdaptiveBatchSampler, DrawnBatch
+from lightning_hpo.functional.batching.plan import BatchPlan
+
+__all__ = ["AccumulatedBatches", "LiveLoader", "loader_problems"]
+
+_ROUNDING = 1e-9  # of a fraction of an epoch
+
+
+def loader_problems(loader: object) -> list[str]:
+    """Why the batch size of a training loader cannot be changed while it runs; empty if it can.
+
+    Args:
+        loader: What ``trainer.train_dataloader`` holds.
+
+    Returns:
+        One sentence a problem, each with what to change.
+
+    Example:
+        >>> loader_problems(DataLoader(range(6), batch_size=2)), len(loader_problems([1, 2, 3]))
+        ([], 1)
+    """
+    cure = "use `mode='accumulate'`, which leaves the loader alone"
+    if not isinstance(loader, DataLoader):
+        return [f"the training loader is a `{type(loader).__name__}`, not one torch `DataLoader`; {cure}."]
+    if isinstance(loader.dataset, IterableDataset):
+        return [f"an `IterableDataset` decides its batches itself; {cure}."]
+    if loader.batch_sampler is None:
+        return [f"the training loader has no automatic batching (`batch_size=None`); {cure}."]
+    problems = []
+    if type(loader.batch_sampler) not in (BatchSampler, AdaptiveBatchSampler):
+        problems.append(f"`{type(loader.batch_sampler).__name__}` draws batches by a rule of its own; {cure}.")
+    if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+        problems.append(f"`{type(loader).__name__}` restores its position itself; use a plain `DataLoader`, or {cure}.")
+    if not getattr(loader, "in_order", True):
+        problems.append("the loader hands batches out of order; set `in_order=True`.")
+    return problems
+
+
+class LiveLoader:
+    """The loader of a Trainer that is running, made adaptive, and Lightning's counters kept in step with it.
+
+    Lightning counts the batches of an epoch once. When their number changes, so do the end of the epoch, the batches
+    after which it validates, and the total of the progress bar: :meth:`synchronize` sets them anew.
+
+    Args:
+        trainer: A Trainer whose training has begun; call it in ``on_train_start`` or later.
+        accumulation: Micro-batches in an optimizer step so far.
+
+    Raises:
+        TypeError: If the loader is of a kind that :func:`loader_problems` names.
+        AttributeError: If this version of Lightning keeps its counters elsewhere.
+    """
+
+    def __init__(self, trainer: Trainer, accumulation: int = 1) -> None:
+        self.trainer, self._loop = trainer, trainer.fit_loop
+        self._fetcher: Any = self._loop._data_fetcher
+        self._combined: Any = self._loop._combined_loader
+        missing = [n for n in ("fetched", "length", "done") if not hasattr(self._fetcher, n)]
+        missing += [n for n in ("limits", "flattened") if not hasattr(self._combined, n)]
+        if missing:
+            raise AttributeError(f"this version of Lightning has no {missing}; `lightning-hpo` needs them to count.")
+        self.loader: DataLoader[Any] = self._combined.flattened[0]
+        self.sampler = AdaptiveBatchSampler.adopt(self.loader.batch_sampler, accumulation)  # type: ignore[arg-type]
+        self._quiet = ExitStack()
+
+    def restart(self, epoch: int) -> None:
+        """Begins the epoch's batches again, from where the sampler's state stands.
+
+        The loader has been iterated over before the sampler was adopted, and its workers may have drawn batches.
+
+        Args:
+            epoch: Number of the epoch, for samplers that shuffle by it.
+        """
+        taken, over = self.sampler.batches_taken, self._is_over()
+        for sampler in (self.loader.sampler, self.sampler.sampler):
+            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                set_epoch(epoch)
+        if taken:
+            self._quiet.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        self.begin_epoch()
+        iter(self._fetcher)
+        if over:
+            self._loop.max_batches = taken  # by which Lightning sees that the checkpoint's epoch is over
+
+    def stale(self) -> bool:
+        """Whether the Trainer has a new loader by now."""
+        return self._loop._combined_loader.flattened[0] is not self.loader  # type: ignore[union-attr]
+
+    def begin_epoch(self) -> None:
+        """Counts the batches of an epoch that is about to begin, or to go on."""
+        if self._is_over():
+            self.sampler.finish()
+        limit = self._limit()
+        self._combined.limits = [limit]
+        self._set(limit)
+
+    def _is_over(self) -> bool:
+        return 0 < self.sampler.batches_taken >= self._limit()
+
+    def synchronize(self) -> None:
+        """Counts the batches anew; call it whenever one was taken or the plan has changed."""
+        self._quiet.close()
+        limit = self._limit()
+        self._fetcher.length = limit
+        changed = self._loop.max_batches != limit
+        self._set(limit)
+        if changed:
+            self._show_total(limit)
+
+    def release(self) -> None:
+        """Gives the loader its own sampler back."""
+        self._quiet.close()
+        if isinstance(self.sampler, AdaptiveBatchSampler):
+            self.sampler.release()
+
+    def _limit(self) -> int:
+        batches, limit = len(self.sampler), self.trainer.limit_train_batches
+        if isinstance(limit, int):
+            return min(batches, limit)
+        return batches if limit is None or limit == 1.0 else int(batches * limit)
+
+    def _set(self, limit: int) -> None:
+        self._loop.max_batches = limit
+        interval = self.trainer.val_check_interval
+        if isinstance(interval, float) and self.trainer.val_check_batch is not None:  # else it counts batches, or time
+            self.trainer.val_check_batch = limit if interval == 1.0 else self._next_validation(limit, interval)
+
+    def _next_validation(self, limit: int, interval: float) -> int:
+        """Number of the batch after which a fraction of the epoch's samples is reached.
+
+        Lightning validates where the number of the batch is a multiple of this; the number itself is the first one.
+        """
+        done, taken, total = self.sampler.samples_taken, self.sampler.batches_taken, len(self.sampler.sampler)
+        if taken and taken == self.trainer.val_check_batch:  # this is where it validates now
+            return taken
+        due = (math.floor(done / (total * interval) + _ROUNDING) + 1) * total * interval
+        for size in self.sampler.sizes_ahead():
+            if done >= due:
+                break
+            done, taken = done + size, taken + 1
+        return min(limit, taken + max(0, math.ceil((due - done) / self.sampler.plan.micro - _ROUNDING)))
+
+    def _show_total(self, limit: int) -> None:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TQDMProgressBar) and not callback.is_disabled:
+                callback.train_progress_bar.total = limit
+                callback.train_progress_bar.refresh()
+            elif isinstance(callback, RichProgressBar) and callback.progress is not None:
+                callback.progress.update(callback.train_progress_bar_id, total=limit)
+
+
+class AccumulatedBatches:
+    """The batches of a loader that nobody may touch: only the number that makes up an optimizer step changes.
+
+    Args:
+        plan: Samples of the loader's batches, and how many make up an optimizer step so far.
+
+    Example:
+        >>> batches = AccumulatedBatches(BatchPlan(micro=8, accumulation=1))
+        >>> batches.request(BatchPlan(micro=8, accumulation=2))
+        >>> [batches.take(8, index).accumulation for index in (5, 6, 7)]
+        [1, 2, 2]
+    """
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self._plan = plan
+        self._next_plan: BatchPlan | None = None
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The newest plan."""
+        return self._next_plan or self._plan
+
+    def request(self, plan: BatchPlan) -> None:
+        """Asks for another number of micro-batches from the next possible window on."""
+        self._next_plan = plan
+
+    def take(self, size: int, batch_idx: int) -> DrawnBatch:
+        """The batch that has arrived.
+
+        Args:
+            size: Its samples.
+            batch_idx: Its number in the epoch.
+
+        Returns:
+            Its size and the accumulation that holds for it.
+        """
+        following = self._next_plan
+        if following and not batch_idx % self._plan.accumulation and not batch_idx % following.accumulation:
+            self._plan, self._next_plan = following, None
+        return DrawnBatch(size, self._plan.accumulation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plans, in plain types."""
+        following = self._next_plan
+        return {
+            "plan": [self._plan.micro, self._plan.accumulation],
+            "next_plan": following and [following.micro, following.accumulation],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the saved plans.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
+        self._plan = BatchPlan(*state_dict["plan"])
+        self._next_plan = state_dict["next_plan"] and BatchPlan(*state_dict["next_plan"])
