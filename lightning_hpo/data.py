@@ -107,6 +107,11 @@ class AdaptiveBatchSampler(BatchSampler):
         self._ahead = _START  # of this epoch: drawn
 
     @property
+    def _generator(self) -> Generator | None:
+        own = getattr(self.sampler, "generator", None)
+        return own if isinstance(own, Generator) else None
+
+    @property
     def plan(self) -> BatchPlan:
         """The newest plan, which the batches drawn ahead may not follow yet."""
         return self._next_plan or self._plan
@@ -175,11 +180,11 @@ class AdaptiveBatchSampler(BatchSampler):
 
         What is drawn at random depends on a seed and the number of the epoch, so that a resumed run draws it again.
         """
-        own, outside = getattr(self.sampler, "generator", None), torch.get_rng_state()
-        if isinstance(own, Generator):
+        outside = torch.get_rng_state()
+        if self._generator is not None:
             if self._own_state is None:
-                self._own_state = own.get_state()
-            own.set_state(self._own_state)
+                self._own_state = self._generator.get_state()
+            self._generator.set_state(self._own_state)
         torch.default_generator.manual_seed(self._seed + self._epoch)
         indices, done = iter(self.sampler), self._ahead.samples
         first = list(islice(indices, max(done, 1)))  # the order is drawn with the first index
@@ -203,14 +208,16 @@ class AdaptiveBatchSampler(BatchSampler):
 
     def state_dict(self) -> dict[str, Any]:
         """The position among the samples consumed, not among those drawn ahead, in plain types."""
+        following = self._next_plan
         return {
-            "taken": list(self._taken),
-            "ahead": [list(batch) for batch in (*self.drawn, *self._replay)],
+            "taken": [self.samples_taken, self.batches_taken],
+            "ahead": [] if self._fresh else [list(batch) for batch in (*self.drawn, *self._replay)],
+            "fresh": self._fresh,
             "plan": [self._plan.micro, self._plan.accumulation],
-            "next_plan": self._next_plan and [self._next_plan.micro, self._next_plan.accumulation],
+            "next_plan": following and [following.micro, following.accumulation],
             "seed": self._seed,
             "epoch": self._epoch,
-            "own_state": self._own_state,
+            "generator": [self._own_state, self._generator and self._generator.get_state()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -226,8 +233,11 @@ class AdaptiveBatchSampler(BatchSampler):
         self._taken = self._ahead = _Position(*state_dict["taken"])
         self._replay = deque(DrawnBatch(*batch) for batch in state_dict["ahead"])
         self._seed, self._epoch = state_dict["seed"], state_dict["epoch"]
-        self._own_state = state_dict["own_state"]
-        self._resuming, self._fresh = True, False
+        self._own_state, now = state_dict["generator"]
+        if self._generator is not None and now is not None:
+            self._generator.set_state(now)
+        self._fresh = state_dict["fresh"]
+        self._resuming = not self._fresh
 
     def skip(self, batches: int) -> None:
         """Makes the next pass begin behind as many batches of the present size, whatever was in them.

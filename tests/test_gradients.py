@@ -1,0 +1,45 @@
+"""Norms of micro-batches' own gradients."""
+
+import torch
+from torch import nn
+
+from lightning_hpo.gradients import GroupNorms, squared_norm
+
+
+def test_norms_are_those_of_each_backward_pass_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    norms = GroupNorms(net.parameters())
+    for _ in range(3):  # gradients accumulate; what is noted does not
+        batch = torch.randn(6, 4, dtype=torch.double)
+        loss = lambda: net(batch).square().mean()
+        expected = sum(g.square().sum() for g in torch.autograd.grad(loss(), list(net.parameters())))
+        norms.clear()  # `autograd.grad` runs the hooks, too
+        loss().backward()
+        torch.testing.assert_close(norms.take(), expected, rtol=1e-12, atol=0)
+    norms.enabled = False
+    net(torch.randn(2, 4, dtype=torch.double)).sum().backward()
+    assert norms.take() == 0
+    norms.remove()
+    assert all(not p._backward_hooks for p in net.parameters())
+
+
+def test_half_precision_does_not_overflow():
+    weight = torch.zeros(1000, dtype=torch.float16, requires_grad=True)
+    norms = GroupNorms([weight])
+    (weight * 6e4).sum().backward()
+    torch.testing.assert_close(norms.take(), torch.tensor(1000 * 59999.0**2, dtype=torch.double), rtol=1e-3, atol=0)
+
+
+def test_frozen_parameters_are_left_out():
+    frozen, free = torch.ones(2), torch.ones(2, requires_grad=True)
+    norms = GroupNorms([frozen, free])
+    (frozen * free).sum().backward()
+    torch.testing.assert_close(norms.take(), torch.tensor(2.0, dtype=torch.double))
+
+
+def test_squared_norm_is_a_sum_over_tensors():
+    torch.testing.assert_close(
+        squared_norm([torch.full((3, 2), 2.0), torch.full((4,), 1.0, dtype=torch.bfloat16)]),
+        torch.tensor(28.0, dtype=torch.double),
+    )
