@@ -15,24 +15,71 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what Python reads
+    from lightning_hpo.callbacks.adadagrad import AdaptiveBatchSize
     from lightning_hpo.callbacks.base import MethodCallback
     from lightning_hpo.callbacks.diffrate import TokenCompression
     from lightning_hpo.callbacks.report import HyperparameterReport
+    from lightning_hpo.data import AdaptiveBatchSampler
+    from lightning_hpo.functional.batching.learning_rate import (
+        AdamSDE,
+        AdaScale,
+        LinearScaling,
+        NoiseScaleLR,
+        NoScaling,
+        SqrtScaling,
+    )
+    from lightning_hpo.functional.batching.policies import (
+        CABS,
+        AugmentedTest,
+        CoordinateTest,
+        DiveBatch,
+        InnerProductTest,
+        NoiseScale,
+        NormTest,
+        SimiGrad,
+    )
+    from lightning_hpo.functional.batching.ramps import LinearRamp, StageWise
     from lightning_hpo.functional.compression.schedule import PUBLISHED_SCHEDULES, TokenCompressionSchedule
+    from lightning_hpo.functional.optim.adagrad_norm import AdaGradNorm
+    from lightning_hpo.functional.optim.sample_lr import SampleCosine, SampleLinear, SampleLR
     from lightning_hpo.hyper import Choice, HyperparameterSet, Integer, Interval, Positive, Simplex, UnitInterval
+    from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
 
 __all__ = [
+    "CABS",
     "PUBLISHED_SCHEDULES",
+    "AdaGradNorm",
+    "AdaScale",
+    "AdamSDE",
+    "AdaptiveBatchSampler",
+    "AdaptiveBatchSize",
+    "AdaptiveBatchSizeMixin",
+    "AugmentedTest",
     "Choice",
+    "CoordinateTest",
+    "DiveBatch",
     "HyperparameterReport",
     "HyperparameterSet",
+    "InnerProductTest",
     "Integer",
     "Interval",
+    "LinearRamp",
+    "LinearScaling",
     "MethodCallback",
+    "NoScaling",
+    "NoiseScale",
+    "NoiseScaleLR",
+    "NormTest",
     "Positive",
+    "SampleCosine",
+    "SampleLR",
+    "SampleLinear",
+    "SimiGrad",
     "Simplex",
+    "SqrtScaling",
+    "StageWise",
     "TokenCompression",
     "TokenCompressionMixin",
     "TokenCompressionSchedule",
@@ -43,15 +90,38 @@ __all__ = [
 ]
 
 _HOME = {
+    "CABS": "functional.batching.policies",
     "PUBLISHED_SCHEDULES": "functional.compression.schedule",
+    "AdaGradNorm": "functional.optim.adagrad_norm",
+    "AdaScale": "functional.batching.learning_rate",
+    "AdamSDE": "functional.batching.learning_rate",
+    "AdaptiveBatchSampler": "data",
+    "AdaptiveBatchSize": "callbacks.adadagrad",
+    "AdaptiveBatchSizeMixin": "models.adadagrad",
+    "AugmentedTest": "functional.batching.policies",
     "Choice": "hyper",
+    "CoordinateTest": "functional.batching.policies",
+    "DiveBatch": "functional.batching.policies",
     "HyperparameterReport": "callbacks.report",
     "HyperparameterSet": "hyper",
+    "InnerProductTest": "functional.batching.policies",
     "Integer": "hyper",
     "Interval": "hyper",
+    "LinearRamp": "functional.batching.ramps",
+    "LinearScaling": "functional.batching.learning_rate",
     "MethodCallback": "callbacks.base",
+    "NoScaling": "functional.batching.learning_rate",
+    "NoiseScale": "functional.batching.policies",
+    "NoiseScaleLR": "functional.batching.learning_rate",
+    "NormTest": "functional.batching.policies",
     "Positive": "hyper",
+    "SampleCosine": "functional.optim.sample_lr",
+    "SampleLR": "functional.optim.sample_lr",
+    "SampleLinear": "functional.optim.sample_lr",
+    "SimiGrad": "functional.batching.policies",
     "Simplex": "hyper",
+    "SqrtScaling": "functional.batching.learning_rate",
+    "StageWise": "functional.batching.ramps",
     "TokenCompression": "callbacks.diffrate",
     "TokenCompressionMixin": "models.diffrate",
     "TokenCompressionSchedule": "functional.compression.schedule",

@@ -1,6 +1,6 @@
 """Windows of micro-batches whose gradient is the mean over their samples, whatever their number and sizes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -64,6 +64,6 @@ class AccumulationWindow:
 
 @torch.no_grad()
 def _scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
-    gradients: Sequence[Tensor] = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)

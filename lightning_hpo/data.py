@@ -102,7 +102,10 @@ class AdaptiveBatchSampler(BatchSampler):
         self._replay: deque[DrawnBatch] = deque()  # batches that were drawn, but not consumed, when the state was saved
         self._seed, self._epoch = int(torch.empty((), dtype=torch.int64).random_(2**32)), 0
         self._own_state: Tensor | None = None  # of the sampler's own generator, when the epoch's order was drawn
-        self._resuming, self._fresh = False, True  # whether the next pass goes on where a state stood, or begins an epoch
+        self._resuming, self._fresh = (
+            False,
+            True,
+        )  # whether the next pass goes on where a state stood, or begins an epoch
         self._taken = _START  # of this epoch
         self._ahead = _START  # of this epoch: drawn
 
@@ -115,6 +118,11 @@ class AdaptiveBatchSampler(BatchSampler):
     def plan(self) -> BatchPlan:
         """The newest plan, which the batches drawn ahead may not follow yet."""
         return self._next_plan or self._plan
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of a whole epoch on this rank."""
+        return len(self.sampler)  # type: ignore[arg-type] # torch types it as any iterable
 
     @property
     def samples_taken(self) -> int:
@@ -195,7 +203,7 @@ class AdaptiveBatchSampler(BatchSampler):
 
     def __len__(self) -> int:
         ahead, replayed = (_START, ()) if self._fresh else (self._ahead, self._replay)
-        rest, batches, plan = len(self.sampler) - ahead.samples, ahead.batches, self._plan
+        rest, batches, plan = self.epoch_samples - ahead.samples, ahead.batches, self._plan
         for batch in replayed:
             batches, rest = batches + 1, rest - batch.size
         following = self._next_plan
@@ -245,7 +253,7 @@ class AdaptiveBatchSampler(BatchSampler):
         Args:
             batches: Batches of the epoch that were consumed before this sampler was there.
         """
-        self._taken = self._ahead = _Position(min(batches * self._plan.micro, len(self.sampler)), batches)
+        self._taken = self._ahead = _Position(min(batches * self._plan.micro, self.epoch_samples), batches)
         self._resuming, self._fresh = batches > 0, batches == 0
 
     def follow(self, before: "AdaptiveBatchSampler") -> None:

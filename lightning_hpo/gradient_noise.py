@@ -48,19 +48,15 @@ def choose_estimators(
         The estimators; the parameters they watch by name, without those that layer rules do not cover where layer
         rules are used; the problems, each with what to change.
     """
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     mixing = batch_mixing_layers(module)
     covered = {name: trained[name] for name in PerSampleGradients(module).covered}
     share = sum(p.numel() for p in covered.values()) / max(sum(p.numel() for p in trained.values()), 1)
     ghost = not mixing and share >= _ENOUGH
-    if estimator == "auto":
-        exact: Estimator = "ghost" if ghost else "vmap"
-        if single_samples:
-            chosen = [exact]
-        else:
-            chosen = ["micro_batch", "ghost" if ghost else "difference"]
-    else:
-        chosen = [estimator]  # type: ignore[list-item]
+    exact: Estimator = "ghost" if ghost else "vmap"
+    chosen: list[Estimator] = [exact] if single_samples else ["micro_batch", "ghost" if ghost else "difference"]
+    if estimator != "auto":
+        chosen = [cast(Estimator, estimator)]
     problems = []
     if mixing and {"ghost", "vmap"} & set(chosen):
         problems.append(
@@ -71,8 +67,8 @@ def choose_estimators(
         problems.append("no layer of the module has a rule for ghost norms; use `estimator='vmap'`.")
     if chosen == ["micro_batch"] and groups < 2:
         problems.append(
-            "`estimator='micro_batch'` compares micro-batches, and a step has one; set `accumulate_grad_batches` to 2 or "
-            "more, use more ranks, or `estimator='difference'`."
+            "`estimator='micro_batch'` compares micro-batches, and a step has one; set `accumulate_grad_batches` to 2 "
+            "or more, use more ranks, or `estimator='difference'`."
         )
     if single_samples and not {"ghost", "vmap"} & set(chosen):
         problems.append(f"the policy needs gradients of single samples; use `estimator='ghost'`, not {estimator!r}.")
@@ -85,8 +81,8 @@ class GradientNoise:
     Args:
         module: The user's module.
         parameters: Those whose gradient is looked at, by name.
-        estimators: Those that may be used, cheapest first: ``"micro_batch"`` compares the gradients of micro-batches and
-            ranks, ``"ghost"`` takes the norms of single-sample gradients from the layers, ``"vmap"`` differentiates
+        estimators: Those that may be used, cheapest first: ``"micro_batch"`` compares the gradients of micro-batches
+            and ranks, ``"ghost"`` takes the norms of single-sample gradients from the layers, ``"vmap"`` differentiates
             samples one by one in an extra pass, ``"difference"`` compares two steps in a row.
         inner: Whether the inner products with the mean gradient are needed; then ``"ghost"`` or ``"vmap"`` it is.
         coordinate: Quantile of the coordinate-wise test, or None where it is not needed; the same holds.

@@ -3,7 +3,7 @@
 import math
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -65,13 +65,13 @@ class LiveLoader:
     def __init__(self, trainer: Trainer, accumulation: int = 1) -> None:
         self.trainer, self._loop = trainer, trainer.fit_loop
         self._fetcher: Any = self._loop._data_fetcher
-        self._combined: Any = self._loop._combined_loader
+        self._combined = cast(Any, self._loop._combined_loader)
         missing = [n for n in ("fetched", "length", "done") if not hasattr(self._fetcher, n)]
         missing += [n for n in ("limits", "flattened") if not hasattr(self._combined, n)]
         if missing:
             raise AttributeError(f"this version of Lightning has no {missing}; `lightning-hpo` needs them to count.")
         self.loader: DataLoader[Any] = self._combined.flattened[0]
-        self.sampler = AdaptiveBatchSampler.adopt(self.loader.batch_sampler, accumulation)  # type: ignore[arg-type]
+        self.sampler = AdaptiveBatchSampler.adopt(cast(BatchSampler, self.loader.batch_sampler), accumulation)
         self._quiet = ExitStack()
 
     def restart(self, epoch: int) -> None:
@@ -96,7 +96,8 @@ class LiveLoader:
 
     def stale(self) -> bool:
         """Whether the Trainer has a new loader by now."""
-        return self._loop._combined_loader.flattened[0] is not self.loader  # type: ignore[union-attr]
+        combined: Any = self._loop._combined_loader
+        return combined.flattened[0] is not self.loader
 
     def begin_epoch(self) -> None:
         """Counts the batches of an epoch that is about to begin, or to go on."""
@@ -142,7 +143,7 @@ class LiveLoader:
 
         Lightning validates where the number of the batch is a multiple of this; the number itself is the first one.
         """
-        done, taken, total = self.sampler.samples_taken, self.sampler.batches_taken, len(self.sampler.sampler)
+        done, taken, total = self.sampler.samples_taken, self.sampler.batches_taken, self.sampler.epoch_samples
         if taken and taken == self.trainer.val_check_batch:  # this is where it validates now
             return taken
         due = (math.floor(done / (total * interval) + _ROUNDING) + 1) * total * interval
@@ -157,7 +158,11 @@ class LiveLoader:
             if isinstance(callback, TQDMProgressBar) and not callback.is_disabled:
                 callback.train_progress_bar.total = limit
                 callback.train_progress_bar.refresh()
-            elif isinstance(callback, RichProgressBar) and callback.progress is not None:
+            elif (
+                isinstance(callback, RichProgressBar)
+                and callback.progress
+                and callback.train_progress_bar_id is not None
+            ):
                 callback.progress.update(callback.train_progress_bar_id, total=limit)
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
 
-from lightning_hpo import MethodCallback, TokenCompression
+from lightning_hpo import AdaptiveBatchSize, MethodCallback, TokenCompression
 from lightning_hpo.testing import TinyClassifier, TinyImages
 
 EVERYTHING = frozenset(
@@ -34,6 +36,7 @@ class Case:
         callback: Makes the callback.
         module: Makes the module.
         data: Makes the data for a batch size.
+        compare: What is the same for one process, two ranks and two micro-batches.
         works_with: What holds.
         reasons: Why the rest does not hold.
     """
@@ -43,12 +46,36 @@ class Case:
     callback: Callable[[], MethodCallback]
     module: Callable[[], LightningModule] = TinyClassifier
     data: Callable[[int], LightningDataModule] = TinyImages
+    compare: tuple[str, ...] = ("method", "module", "knobs")
     works_with: frozenset[str] = EVERYTHING
     reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+class Unscheduled(TinyClassifier):
+    """No schedule that counts steps."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class PlainImages(TinyImages):
+    """A loader of torch's own class: the callback restores its position."""
+
+    def train_dataloader(self):
+        return DataLoader(self.train_set, self.batch_size, sampler=super().train_dataloader().sampler)
 
 
 # A large step size: in ten steps the kept counts, which are whole numbers, must move.
 CASES = [
     Case("TokenCompression", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3)),
     Case("TokenCompression-joint", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3, freeze=False)),
+    # Batches double up to the cap, so that one process, two ranks and two micro-batches lay out the same batches.
+    Case(
+        "AdaptiveBatchSize",
+        "adadagrad",
+        lambda: AdaptiveBatchSize(estimator="ghost", max_batch_size=32, max_micro_batch_size=64, max_samples=None),
+        Unscheduled,
+        PlainImages,
+        compare=("module", "knobs"),  # the state says how a batch is laid out on ranks and micro-batches
+    ),
 ]

@@ -16,7 +16,10 @@ def test_any_window_gives_the_gradient_of_the_joined_batch(seed):
     samples = torch.randn(sum(sizes), 3, dtype=torch.double)
     weight = torch.randn(3, dtype=torch.double, requires_grad=True)
     unused = torch.zeros(2, requires_grad=True)
-    loss = lambda rows: (rows @ weight).square().mean()
+
+    def loss(rows):
+        return (rows @ weight).square().mean()
+
     window = AccumulationWindow()
     for rows in samples.split(sizes):
         window.add(len(rows), [weight, unused])

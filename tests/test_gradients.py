@@ -12,10 +12,10 @@ def test_norms_are_those_of_each_backward_pass_alone():
     norms = GroupNorms(net.parameters())
     for _ in range(3):  # gradients accumulate; what is noted does not
         batch = torch.randn(6, 4, dtype=torch.double)
-        loss = lambda: net(batch).square().mean()
-        expected = sum(g.square().sum() for g in torch.autograd.grad(loss(), list(net.parameters())))
+        gradients = torch.autograd.grad(net(batch).square().mean(), list(net.parameters()))
+        expected = sum(gradient.square().sum() for gradient in gradients)
         norms.clear()  # `autograd.grad` runs the hooks, too
-        loss().backward()
+        net(batch).square().mean().backward()
         torch.testing.assert_close(norms.take(), expected, rtol=1e-12, atol=0)
     norms.enabled = False
     net(torch.randn(2, 4, dtype=torch.double)).sum().backward()

@@ -63,7 +63,8 @@ def cases(what):
     ],
 )
 def test_check(check, case):
-    check(case.callback, case.module, case.data)
+    compare = {"compare": case.compare} if check in (check_two_ranks, check_accumulation) else {}
+    check(case.callback, case.module, case.data, **compare)
 
 
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)

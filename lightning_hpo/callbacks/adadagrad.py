@@ -20,7 +20,7 @@ from lightning_hpo.functional.batching.learning_rate import AdaScale, AdamSDE, L
 from lightning_hpo.functional.batching.plan import BatchPlan, next_batch_size, plan_for
 from lightning_hpo.functional.batching.policies import NormTest, Policy
 from lightning_hpo.functional.optim.sample_lr import SampleLR
-from lightning_hpo.gradient_noise import Estimator, GradientNoise, Reading, choose_estimators
+from lightning_hpo.gradient_noise import GradientNoise, choose_estimators
 from lightning_hpo.live_loader import AccumulatedBatches, LiveLoader, loader_problems
 from lightning_hpo.scaled_step import ScaledStep
 
@@ -67,7 +67,7 @@ class AdaptiveBatchSize(MethodCallback):
     Example:
         >>> from lightning_hpo.demos import DigitsDataModule, ImageClassifier
         >>> small = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=1, num_heads=2)
-        >>> module = ImageClassifier("vit_tiny_patch16_224", num_classes=10, model_args=small, schedule=None)
+        >>> module = ImageClassifier("vit_tiny_patch16_224", num_classes=10, model_args=small, cosine=False)
         >>> batches = AdaptiveBatchSize(max_micro_batch_size=256)
         >>> trainer = Trainer(max_steps=8, accelerator="cpu", logger=False, callbacks=[batches],
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -221,12 +221,12 @@ class AdaptiveBatchSize(MethodCallback):
             self.raise_all(loader_problems(loader))
             self._live = LiveLoader(trainer, accumulation)
             plan = self._live.sampler.plan
-            self._limit = len(self._live.sampler.sampler) * ranks
+            self._limit = self._live.sampler.epoch_samples * ranks
         else:
             micro = getattr(loader, "batch_size", None)
             if not micro:
                 self.raise_all(["the size of the loader's batches is unknown; give a `DataLoader` with `batch_size`."])
-            plan = BatchPlan(micro, accumulation)
+            plan = BatchPlan(cast(int, micro), accumulation)
             self._accumulated = AccumulatedBatches(plan)
             self._limit = _whole(trainer.num_training_batches, plan.micro * ranks)
         self._set_limit(plan.samples(ranks))
@@ -265,10 +265,12 @@ class AdaptiveBatchSize(MethodCallback):
         self.raise_all(problems)
         left_out = sum(p.numel() for p in self._parameters) - sum(p.numel() for p in watched.values())
         if left_out:
-            rank_zero_info(f"`AdaptiveBatchSize` measures noise without {left_out} parameters that no layer rule covers.")
+            rank_zero_info(
+                f"`AdaptiveBatchSize` measures noise without {left_out} parameters that no layer rule covers."
+            )
         coordinate = getattr(self.policy, "quantile", None) if "coordinate" in needs else None
         self._noise = GradientNoise(
-            pl_module, watched, cast(list[Estimator], estimators), "inner" in needs, coordinate, self.max_samples
+            pl_module, watched, estimators, "inner" in needs, coordinate, self.max_samples
         )
         self._noise.load_state_dict(self.previous_gradient, pl_module.device)
 

@@ -120,11 +120,13 @@ class ImageClassifier(LightningModule):
         return self(images).softmax(dim=-1)
 
     def configure_optimizers(self) -> Any:
-        """AdamW, and a warm-up followed by a cosine, moved after every optimizer step."""
+        """AdamW, and a warm-up followed by a cosine, moved after every optimizer step, as far as they are asked for."""
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        if not (self.cosine or self.warmup_steps):
+            return optimizer
         total = self.trainer.estimated_stepping_batches if self.cosine else math.inf
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, self.warmup_steps, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hpo.functional.batching.per_sample import Factors
-from lightning_hpo.functional.batching.per_sample_rules import layer_factors, parameter_rules
+from lightning_hpo.functional.batching.per_sample_rules import layer_factors, layer_rule, parameter_rules
 
 __all__ = ["PerSampleGradients"]
 
@@ -59,7 +59,7 @@ class PerSampleGradients:
         self.module, self.max_samples, self.keep = module, max_samples, keep
         self.enabled = True
         self._layers: list[_Layer] = []
-        self._norms: Tensor | None = None
+        self._norms: list[Tensor] = []
         self._samples = 0  # of this pass; 0 until a gradient arrives
         self._anchor = torch.empty(0, requires_grad=True)
 
@@ -100,7 +100,7 @@ class PerSampleGradients:
         """Removes the hooks and forgets what they have seen."""
         for layer in self._layers:
             layer.handle.remove()
-        self._layers, self._norms, self._samples = [], None, 0
+        self._layers, self._norms, self._samples = [], [], 0
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -121,9 +121,10 @@ class PerSampleGradients:
         """
         if self.keep:
             return self._sum("squared_norms")
-        for layer in self._layers:
-            self._finish(layer)
-        norms = self._norms
+        with torch.no_grad():
+            for layer in self._layers:
+                self._finish(layer)
+            norms = torch.stack(self._norms).sum(0) if self._norms else None
         self.clear()
         return self._found(norms)
 
@@ -170,7 +171,7 @@ class PerSampleGradients:
         """Forgets what has been seen, also of a forward pass whose backward pass is still to come."""
         for layer in self._layers:
             layer.arrived, layer.pending = [], WeakSet()
-        self._norms, self._samples = None, 0
+        self._norms, self._samples = [], 0
 
     def _record(self, layer: "_Layer", inputs: Tensor, outputs: Tensor) -> None:
         inside = torch._C._current_graph_task_id() != -1  # checkpointing runs the forward pass again in a backward one
@@ -201,7 +202,8 @@ class PerSampleGradients:
         layer.pending.discard(call)
         samples = self._checked(layer, inputs, gradient)
         with torch.no_grad(), _full_precision(inputs.device.type):
-            of_layer = layer_factors(layer.module, inputs[:samples], gradient[:samples], tuple(call.names))
+            find = layer_rule(layer.module) if inputs.ndim >= 2 else layer_factors  # the latter says what is wrong
+            of_layer = find(layer.module, inputs[:samples], gradient[:samples], tuple(call.names))
             layer.arrived.append({call.names[own]: factors for own, factors in of_layer.items()})
             if not (self.keep or layer.pending):
                 self._finish(layer)
@@ -217,9 +219,7 @@ class PerSampleGradients:
         return self._samples if self.max_samples is None else min(self._samples, self.max_samples)
 
     def _finish(self, layer: "_Layer") -> None:
-        for factors in layer.joined().values():
-            norms = factors.squared_norms()
-            self._norms = norms if self._norms is None else self._norms + norms
+        self._norms += [factors.squared_norms() for factors in layer.joined().values()]
         layer.arrived = []
 
     @torch.no_grad()

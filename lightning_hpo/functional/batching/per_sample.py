@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-__all__ = ["Factors", "LookupFactors", "OuterFactors", "PlainFactors", "chunks", "dots", "working_precision"]
+__all__ = ["Factors", "LookupFactors", "OuterFactors", "PlainFactors", "accumulated", "chunks", "dots", "rows", "squares", "working_precision"]
 
 _CHUNK_BYTES = 2**26
-_CHUNK_BYTES_CPU = 2**21  # stays in the cache
+_CHUNK_BYTES_CPU = 2**22  # about what caches hold
 
 
 class Factors(ABC):
@@ -73,7 +73,7 @@ class PlainFactors(Factors):
 
     @override
     def squared_norms(self) -> Tensor:
-        return dots(self.values, self.values)
+        return squares(self.values)
 
     @override
     def inner_products(self, gradient: Tensor) -> Tensor:
@@ -122,17 +122,17 @@ class OuterFactors(Factors):
         positions, (p, d) = self.inputs.shape[1], self.shape
         if positions == 1:
             a, b = working_precision(self.inputs), working_precision(self.outputs)
-            return dots(a, a) * dots(b, b)
+            return squares(a) * squares(b)
         if positions * (d + p) < d * p:
             pairs = self._chunks(2 * positions**2)
             # Rounding may push a sum of squares in this form below zero.
-            return torch.cat([dots(a @ a.mT, b @ b.mT) for _, a, b in pairs]).clamp_min_(0.0)
-        return torch.cat([dots(gradients, gradients) for gradients in self._gradients()])
+            return rows(dots(a @ a.mT, b @ b.mT) for _, a, b in pairs).clamp_min_(0.0)
+        return rows(squares(gradients) for gradients in self._gradients())
 
     @override
     def inner_products(self, gradient: Tensor) -> Tensor:
         parts = self._chunks(self.outputs.shape[1:].numel())
-        return torch.cat([dots(a @ gradient.to(a.dtype).mT, b) for _, a, b in parts])
+        return rows(dots(a @ gradient.to(a.dtype).mT, b) for _, a, b in parts)
 
     @override
     def second_moments(self) -> Tensor:
@@ -183,12 +183,12 @@ class LookupFactors(Factors):
 
     @override
     def squared_norms(self) -> Tensor:
-        return torch.cat([dots(sums, sums) for _, sums in self._row_sums()])
+        return rows(squares(sums) for _, sums in self._row_sums())
 
     @override
     def inner_products(self, gradient: Tensor) -> Tensor:
-        rows = working_precision(gradient)
-        return torch.cat([dots(F.embedding(self.indices[part], rows), b) for part, b in self._chunks()])
+        table = working_precision(gradient)
+        return rows(dots(F.embedding(self.indices[part], table), b) for part, b in self._chunks())
 
     @override
     def second_moments(self) -> Tensor:
@@ -263,7 +263,29 @@ def dots(left: Tensor, right: Tensor) -> Tensor:
         >>> dots(torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]))
         tensor([6., 1.])
     """
-    return torch.bmm(left.flatten(1).unsqueeze(1), right.flatten(1).unsqueeze(2)).flatten()
+    return torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+
+
+def squares(values: Tensor) -> Tensor:
+    """Squared norms of rows.
+
+    Args:
+        values: Shape ``(n, ...)``.
+
+    Returns:
+        Shape ``(n,)``.
+
+    Example:
+        >>> squares(torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]]))
+        tensor([25.,  1.])
+    """
+    return torch.linalg.vector_norm(values.flatten(1), dim=1).square()  # one pass, nothing written in between
+
+
+def rows(parts: Iterable[Tensor]) -> Tensor:
+    """Results for some samples at a time, together."""
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def accumulated(parts: Iterable[Tensor]) -> Tensor:

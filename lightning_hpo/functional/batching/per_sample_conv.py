@@ -1,20 +1,23 @@
 """Per-sample gradients of convolution kernels, of any number of dimensions."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_hpo.functional.batching.per_sample import Factors, OuterFactors, accumulated, chunks, dots
+from lightning_hpo.functional.batching.per_sample import Factors, accumulated, chunks, dots, rows, squares
 from lightning_hpo.functional.batching.per_sample import working_precision as working
 
 __all__ = ["ConvFactors", "ConvGeometry"]
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_KERNEL_ALONE = [False, True, False]  # of the gradients of input, kernel and bias
+_WORTH_SLIDING = 16  # fewer rows than this make for slow matrix products
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class ConvGeometry:
             (1, 2)
         """
         if isinstance(layer.padding, str):
-            reach = [d * (k - 1) * (layer.padding == "same") for d, k in zip(layer.dilation, layer.kernel_size)]  # noqa: B905
+            same = layer.padding == "same"
+            reach = [d * (k - 1) * same for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
             sides = [(total // 2, total - total // 2) for total in reach]
         else:
             sides = [(width, width) for width in layer.padding]
@@ -69,40 +73,54 @@ class ConvGeometry:
             return inputs
         return F.pad(inputs, self.padding, mode="constant" if self.mode == "zeros" else self.mode)
 
-    def patches(self, inputs: Tensor, places: Sequence[int]) -> Tensor:
+    @property
+    def slides(self) -> bool:
+        """Whether the points of the kernel along the first dimension share columns."""
+        return self.stride[0] == 1 and self.shape[2] > 1 and self.shape[1] * math.prod(self.shape[3:]) >= _WORTH_SLIDING
+
+    def columns(self, inputs: Tensor, places: Sequence[int]) -> tuple[Tensor, list[slice]]:
         """What the kernel sees at every place.
+
+        A kernel that takes single steps along the first dimension sees with each of its points there what it has seen
+        with the one before, some places on: so one layout of columns serves all of them.
 
         Args:
             inputs: Padded inputs, shape ``(n, channels, *size)``.
             places: Numbers of places, one for each dimension.
 
         Returns:
-            Shape ``(n * groups, inputs / groups * points of the kernel, places)``.
+            Columns of shape ``(n * groups, rows, length)``, and the part of the length that belongs to each point of
+            the kernel along the first dimension; one part, where the rows hold all points.
+
+        Example:
+            >>> geometry = ConvGeometry.of(nn.Conv1d(16, 1, 2))
+            >>> columns, parts = geometry.columns(torch.ones(1, 16, 4), (3,))
+            >>> columns.shape, parts
+            (torch.Size([1, 16, 4]), [slice(0, 3, None), slice(1, 4, None)])
         """
         inputs = inputs.contiguous()
-        n, channels, *_ = inputs.shape
         of_sample, of_channel, *of_size = inputs.stride()
-        kernel = self.shape[2:]
-        along = [step * distance for step, distance in zip(of_size, self.dilation, strict=True)]
-        across = [step * stride for step, stride in zip(of_size, self.stride, strict=True)]
-        view = inputs.as_strided((n, channels, *kernel, *places), (of_sample, of_channel, *along, *across))
-        return view.reshape(n * self.groups, self.shape[1:].numel(), -1)
+        between = [step * distance for step, distance in zip(of_size, self.dilation, strict=True)]
+        onwards = [step * stride for step, stride in zip(of_size, self.stride, strict=True)]
+        kernel, where, starts = list(self.shape[2:]), list(places), [0]
+        if self.slides:
+            starts = [point * self.dilation[0] * math.prod(where[1:]) for point in range(kernel[0])]
+            kernel, between, where[0] = kernel[1:], between[1:], inputs.shape[2]
+        steps = (of_sample, of_channel, *between, *onwards)
+        view = inputs.as_strided((*inputs.shape[:2], *kernel, *where), steps)
+        columns = view.reshape(inputs.shape[0] * self.groups, self.shape[1] * math.prod(kernel), math.prod(where))
+        return columns, [slice(start, start + math.prod(places)) for start in starts]
 
     def convolved(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         """The convolution of padded inputs with a kernel."""
-        convolution = _CONVOLUTIONS[len(self.stride)]
-        return convolution(inputs, kernel, None, self.stride, 0, self.dilation, self.groups)
+        return _CONVOLUTIONS[len(self.stride)](inputs, kernel, None, self.stride, 0, self.dilation, self.groups)
 
     def kernel_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The gradient of a kernel, summed over samples, from padded inputs."""
+        """The gradient of the kernel, summed over samples, from padded inputs and gradients of the outputs."""
         nothing = [0] * len(self.stride)
-        weight = inputs.new_empty(1).expand(self.shape)  # only its shape is looked at
-        return torch.ops.aten.convolution_backward(
-            outputs, inputs, weight, None, self.stride, nothing, self.dilation, False, nothing, self.groups, _KERNEL
-        )[1]
-
-
-_KERNEL = [False, True, False]  # of the gradients of input, kernel and bias, only the kernel's
+        kernel = inputs.new_empty(1).expand(self.shape)  # only its shape is looked at
+        moves = (self.stride, nothing, self.dilation, False, nothing, self.groups)
+        return torch.ops.aten.convolution_backward(outputs, inputs, kernel, None, *moves, _KERNEL_ALONE)[1]
 
 
 class ConvFactors(Factors):
@@ -113,9 +131,8 @@ class ConvFactors(Factors):
         geometry: How the convolution moves.
 
     Example:
-        >>> layer = nn.Conv1d(1, 1, 2)
         >>> call = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 1.0]]])
-        >>> factors = ConvFactors([call], ConvGeometry.of(layer))
+        >>> factors = ConvFactors([call], ConvGeometry.of(nn.Conv1d(1, 1, 2)))
         >>> factors.weighted_sum(torch.ones(1)), factors.squared_norms()
         (tensor([[[3., 5.]]]), tensor([34.]))
     """
@@ -126,20 +143,26 @@ class ConvFactors(Factors):
 
     @override
     def squared_norms(self) -> Tensor:
-        groups = self.geometry.groups
-        return torch.cat([outer.squared_norms().view(-1, groups).sum(1) for outer in self._outers()])
+        of_groups = rows(_squared_norms(calls) for calls in self._columns())
+        return of_groups.view(-1, self.geometry.groups).sum(1) if self.geometry.groups > 1 else of_groups
 
     @override
     def inner_products(self, gradient: Tensor) -> Tensor:
         return accumulated(
-            torch.cat([dots(self.geometry.convolved(x, gradient.to(x.dtype)), b) for _, x, b in self._chunks(*call)])
+            rows(dots(self.geometry.convolved(x, gradient.to(x.dtype)), b) for _, x, b in self._chunks(*call))
             for call in self.calls
         )
 
     @override
     def second_moments(self) -> Tensor:
-        shape = (-1, *self.shape)
-        return accumulated((o.outputs.mT @ o.inputs).view(shape).square_().sum(0) for o in self._outers())
+        outputs, inputs, *_ = self.shape
+
+        def parts() -> Iterator[Tensor]:
+            for calls in self._columns():
+                points = [g.reshape(-1, outputs, inputs, g.shape[2] // inputs) for g in _gradients(calls)]
+                yield torch.stack([point.square_().sum(0) for point in points], 2)
+
+        return accumulated(parts()).reshape(self.shape)
 
     @override
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -156,23 +179,50 @@ class ConvFactors(Factors):
     def joined(cls, calls: Sequence[Self]) -> Self:
         return cls([pair for call in calls for pair in call.calls], calls[0].geometry)
 
-    def _outers(self) -> Iterator[OuterFactors]:
-        """The same gradients as outer products over places, for a few samples at a time, groups as further samples."""
+    def _columns(self) -> Iterator[list["_Columns"]]:
+        """All calls of a few samples at a time, as many as fit with all that is made of them."""
         geometry, (first, _) = self.geometry, self.calls[0]
         places = sum(b.shape[2:].numel() for _, b in self.calls)
-        points = geometry.groups * geometry.shape[1:].numel()
-        for part in chunks(first, places * (points + geometry.shape[0]) + geometry.shape.numel()):
-            inputs, outputs = [], []
+        points = geometry.shape[2] if geometry.slides else 1
+        columns = places * (geometry.groups * geometry.shape[1:].numel() // points + geometry.shape[0])
+        for part in chunks(first, columns + geometry.shape.numel() // points):
+            calls = []
             for x, b in self.calls:
-                gradient = working(b[part])
-                inputs.append(geometry.patches(geometry.padded(working(x[part])), b.shape[2:]).mT)
-                outputs.append(gradient.reshape(inputs[-1].shape[0], geometry.shape[0] // geometry.groups, -1).mT)
-            yield OuterFactors(_together(inputs), _together(outputs))
+                seen, parts = geometry.columns(geometry.padded(working(x[part])), b.shape[2:])
+                gradients = working(b[part]).reshape(len(seen), geometry.shape[0] // geometry.groups, -1)
+                calls.append(_Columns(seen, parts, gradients))
+            yield calls
 
     def _chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for part in chunks(x, 2 * (x.shape[1:].numel() + b.shape[1:].numel())):
             yield part, self.geometry.padded(working(x[part])), working(b[part])
 
 
-def _together(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+class _Columns(NamedTuple):
+    """One call with groups as further samples: what the kernel sees, its parts, and the gradients of the outputs."""
+
+    inputs: Tensor
+    parts: list[slice]
+    outputs: Tensor
+
+    def pairs_are_cheaper(self) -> bool:
+        (seen, length), (outputs, places) = self.inputs.shape[1:], self.outputs.shape[1:]
+        return length**2 * seen + places**2 * outputs < len(self.parts) * places * seen * outputs
+
+
+def _squared_norms(calls: list[_Columns]) -> Tensor:
+    """As for outer products: gradients multiplied out, or products of pairs of places, whichever multiplies less."""
+    first = calls[0]
+    if len(calls) > 1 or not first.pairs_are_cheaper():
+        return accumulated(squares(gradients) for gradients in _gradients(calls))
+    shared = first.inputs.mT @ first.inputs
+    pairs = sum(shared[:, part, part] for part in first.parts)
+    return dots(pairs, first.outputs.mT @ first.outputs).clamp_min_(0.0)
+
+
+def _gradients(calls: list[_Columns]) -> Iterator[Tensor]:
+    """Gradients of every group of every sample, for one point of the kernel along the first dimension at a time."""
+    for points in zip(*(call.parts for call in calls), strict=True):
+        yield accumulated(
+            call.outputs @ call.inputs[:, :, point].mT for call, point in zip(calls, points, strict=True)
+        )

@@ -1,6 +1,7 @@
 """Which factors the parameters of a layer have, from the layer's inputs and the gradients of its outputs."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from lightning_hpo.functional.batching.per_sample import Factors, LookupFactors,
 from lightning_hpo.functional.batching.per_sample import working_precision as working
 from lightning_hpo.functional.batching.per_sample_conv import ConvFactors, ConvGeometry
 
-__all__ = ["LAYERS", "layer_factors", "missing_rule", "parameter_rules"]
+__all__ = ["LAYERS", "layer_factors", "layer_rule", "missing_rule", "parameter_rules"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (
@@ -115,7 +116,27 @@ def layer_factors(
         problems.append(f"inputs need {layer.weight.ndim} dimensions, samples first, got shape {tuple(inputs.shape)}")
     if problems:
         raise ValueError(f"no per-sample gradients of `{type(layer).__name__}`: " + "; ".join(problems))
-    return _rule(layer)(layer, inputs, outputs, names)
+    return layer_rule(layer)(layer, inputs, outputs, names)
+
+
+def layer_rule(layer: nn.Module) -> Callable[[Any, Tensor, Tensor, tuple[str, ...]], dict[str, Factors]]:
+    """What :func:`layer_factors` calls once it has checked its arguments.
+
+    Args:
+        layer: A layer with a rule: see :func:`missing_rule`.
+
+    Returns:
+        A function of layer, inputs, output gradients and names.
+
+    Example:
+        >>> layer_rule(nn.Linear(1, 1)) is layer_rule(nn.Linear(2, 2))
+        True
+    """
+    if isinstance(layer, nn.Linear):
+        return _linear
+    if isinstance(layer, nn.Embedding):
+        return _embedding
+    return _conv if isinstance(layer, _CONVOLUTIONS) else _scale
 
 
 def _base(layer: nn.Module) -> type[nn.Module] | None:
@@ -125,14 +146,6 @@ def _base(layer: nn.Module) -> type[nn.Module] | None:
 def _is_layer_scale(layer: nn.Module) -> bool:
     """The elementwise product with a vector of timm, known by its looks so that timm need not be there."""
     return type(layer).__name__ == "LayerScale" and [name for name, _ in layer.named_parameters()] == ["gamma"]
-
-
-def _rule(layer: nn.Module) -> Callable[..., dict[str, Factors]]:
-    if isinstance(layer, nn.Linear):
-        return _linear
-    if isinstance(layer, nn.Embedding):
-        return _embedding
-    return _conv if isinstance(layer, _CONVOLUTIONS) else _scale
 
 
 def _linear(_: nn.Linear, inputs: Tensor, outputs: Tensor, names: tuple[str, ...]) -> dict[str, Factors]:
