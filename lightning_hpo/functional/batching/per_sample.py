@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-__all__ = ["Factors", "LookupFactors", "OuterFactors", "PlainFactors", "accumulated", "chunks", "dots", "rows", "squares", "working_precision"]
+__all__ = [
+    *("Factors", "LookupFactors", "OuterFactors", "PlainFactors"),
+    *("accumulated", "chunks", "dots", "rows", "squares", "working_precision"),
+]
 
 _CHUNK_BYTES = 2**26
 _CHUNK_BYTES_CPU = 2**22  # about what caches hold

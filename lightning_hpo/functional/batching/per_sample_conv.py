@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, Self
 
 import torch
@@ -189,7 +190,8 @@ class ConvFactors(Factors):
             calls = []
             for x, b in self.calls:
                 seen, parts = geometry.columns(geometry.padded(working(x[part])), b.shape[2:])
-                gradients = working(b[part]).reshape(len(seen), geometry.shape[0] // geometry.groups, -1)
+                channels, size = geometry.shape[0] // geometry.groups, math.prod(b.shape[2:])
+                gradients = working(b[part]).reshape(len(seen), channels, size)
                 calls.append(_Columns(seen, parts, gradients))
             yield calls
 
@@ -216,13 +218,11 @@ def _squared_norms(calls: list[_Columns]) -> Tensor:
     if len(calls) > 1 or not first.pairs_are_cheaper():
         return accumulated(squares(gradients) for gradients in _gradients(calls))
     shared = first.inputs.mT @ first.inputs
-    pairs = sum(shared[:, part, part] for part in first.parts)
+    pairs = reduce(torch.add, (shared[:, part, part] for part in first.parts))
     return dots(pairs, first.outputs.mT @ first.outputs).clamp_min_(0.0)
 
 
 def _gradients(calls: list[_Columns]) -> Iterator[Tensor]:
     """Gradients of every group of every sample, for one point of the kernel along the first dimension at a time."""
     for points in zip(*(call.parts for call in calls), strict=True):
-        yield accumulated(
-            call.outputs @ call.inputs[:, :, point].mT for call, point in zip(calls, points, strict=True)
-        )
+        yield accumulated(call.outputs @ call.inputs[:, :, point].mT for call, point in zip(calls, points, strict=True))

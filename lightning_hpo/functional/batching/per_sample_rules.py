@@ -149,7 +149,7 @@ def _is_layer_scale(layer: nn.Module) -> bool:
 
 
 def _linear(_: nn.Linear, inputs: Tensor, outputs: Tensor, names: tuple[str, ...]) -> dict[str, Factors]:
-    a, b = (tensor.reshape(tensor.shape[0], -1, tensor.shape[-1]) for tensor in (inputs, outputs))
+    a, b = _positions(inputs), _positions(outputs)
     found: dict[str, Factors] = {"weight": OuterFactors(a, b)} if "weight" in names else {}
     return found | ({"bias": PlainFactors(_summed(b, 1))} if "bias" in names else {})
 
@@ -161,8 +161,7 @@ def _conv(layer: nn.Conv2d, inputs: Tensor, outputs: Tensor, names: tuple[str, .
 
 
 def _embedding(layer: nn.Embedding, inputs: Tensor, outputs: Tensor, names: tuple[str, ...]) -> dict[str, Factors]:
-    indices = inputs.reshape(inputs.shape[0], -1)
-    b = outputs.reshape(*indices.shape, -1)
+    indices, b = _positions(inputs.unsqueeze(-1)).squeeze(-1), _positions(outputs)
     if layer.padding_idx is not None:
         b = b.masked_fill((indices == layer.padding_idx).unsqueeze(-1), 0.0)
     return {"weight": LookupFactors(indices, b, layer.num_embeddings)} if names else {}
@@ -204,6 +203,11 @@ def _normalized(layer: nn.Module, x: Tensor) -> Tensor:
         stored = (None, None) if of_inputs else (layer.running_mean, layer.running_var)
         return F.instance_norm(x, *stored, use_input_stats=of_inputs, eps=layer.eps)
     return x
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """Shape ``(n, ..., d)`` as ``(n, t, d)``."""
+    return tensor.unsqueeze(1) if tensor.ndim == 2 else tensor.flatten(1, -2)
 
 
 def _summed(tensor: Tensor, dim: int) -> Tensor:
