@@ -26,11 +26,14 @@ CHUNK = {"MLP": 8, "CNN": 64, "CNN, padded": 64, "ViT": 16}  # samples that vmap
 
 
 class Classifier(nn.Module):
+    """A network with its loss, as `loss_of` wants it."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean cross-entropy."""
         images, labels = batch
         return F.cross_entropy(self.network(images), labels)
 

@@ -61,6 +61,7 @@ class PerSampleGradients:
         self._layers: list[_Layer] = []
         self._norms: list[Tensor] = []
         self._samples = 0  # of this pass; 0 until a gradient arrives
+        self._asked = False  # whether this pass has answered a question
         self._anchor = torch.empty(0, requires_grad=True)
 
     @property
@@ -170,8 +171,13 @@ class PerSampleGradients:
     def clear(self) -> None:
         """Forgets what has been seen, also of a forward pass whose backward pass is still to come."""
         for layer in self._layers:
-            layer.arrived, layer.pending = [], WeakSet()
-        self._norms, self._samples = [], 0
+            layer.pending = WeakSet()
+        self._begin()
+
+    def _begin(self) -> None:
+        for layer in self._layers:
+            layer.arrived = []
+        self._norms, self._samples, self._asked = [], 0, False
 
     def _record(self, layer: "_Layer", inputs: Tensor, outputs: Tensor) -> None:
         inside = torch._C._current_graph_task_id() != -1  # checkpointing runs the forward pass again in a backward one
@@ -200,6 +206,8 @@ class PerSampleGradients:
         if call not in layer.pending:  # cleared in between
             return
         layer.pending.discard(call)
+        if self._asked:  # a new pass: under checkpointing, the forward pass may not have shown it
+            self._begin()
         samples = self._checked(layer, inputs, gradient)
         with torch.no_grad(), _full_precision(inputs.device.type):
             find = layer_rule(layer.module) if inputs.ndim >= 2 else layer_factors  # the latter says what is wrong
@@ -250,6 +258,7 @@ class PerSampleGradients:
                 "no gradient has arrived at a layer with a rule: attach the hooks, enable them before the forward pass "
                 "and run a backward pass"
             )
+        self._asked = True
         return result
 
 

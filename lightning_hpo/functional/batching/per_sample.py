@@ -244,7 +244,7 @@ def chunks(tensor: Tensor, numbers: int) -> Iterator[slice]:
         Slices of the first dimension.
 
     Example:
-        >>> list(chunks(torch.zeros(5), 2**18))
+        >>> list(chunks(torch.zeros(5), 2**19))
         [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
     """
     size = max(4, tensor.dtype.itemsize) * max(1, numbers)

@@ -132,10 +132,10 @@ class ConvFactors(Factors):
         geometry: How the convolution moves.
 
     Example:
-        >>> call = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 1.0]]])
+        >>> call = torch.tensor([[[3.0, 4.0, 5.0]]]), torch.tensor([[[1.0, 0.0]]])
         >>> factors = ConvFactors([call], ConvGeometry.of(nn.Conv1d(1, 1, 2)))
         >>> factors.weighted_sum(torch.ones(1)), factors.squared_norms()
-        (tensor([[[3., 5.]]]), tensor([34.]))
+        (tensor([[[3., 4.]]]), tensor([25.]))
     """
 
     def __init__(self, calls: Sequence[tuple[Tensor, Tensor]], geometry: ConvGeometry) -> None:
