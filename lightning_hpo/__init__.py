@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.adadagrad import AdaptiveBatchSize
     from lightning_hpo.callbacks.base import MethodCallback
     from lightning_hpo.callbacks.diffrate import TokenCompression
+    from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
     from lightning_hpo.callbacks.report import HyperparameterReport
     from lightning_hpo.data import AdaptiveBatchSampler
     from lightning_hpo.functional.batching.learning_rate import (
@@ -68,6 +69,7 @@ __all__ = [
     "LinearRamp",
     "LinearScaling",
     "MethodCallback",
+    "MicroBatchFinder",
     "NoScaling",
     "NoiseScale",
     "NoiseScaleLR",
@@ -110,6 +112,7 @@ _HOME = {
     "LinearRamp": "functional.batching.ramps",
     "LinearScaling": "functional.batching.learning_rate",
     "MethodCallback": "callbacks.base",
+    "MicroBatchFinder": "callbacks.micro_batch",
     "NoScaling": "functional.batching.learning_rate",
     "NoiseScale": "functional.batching.policies",
     "NoiseScaleLR": "functional.batching.learning_rate",

@@ -48,6 +48,9 @@ class AdaptiveBatchSampler(BatchSampler):
         batch_size: Samples of a micro-batch.
         drop_last: Leaves out a last micro-batch that is not full.
 
+    Attributes:
+        share: Share of the epoch's samples that is drawn at all; 1 at first.
+
     Raises:
         ValueError: If ``batch_size`` is not a positive integer.
 
@@ -90,12 +93,13 @@ class AdaptiveBatchSampler(BatchSampler):
     def release(self) -> None:
         """Gives a plain ``BatchSampler`` of the first batch size back."""
         self.batch_size = self._first_size
-        for name in [name for name in vars(self) if name.startswith("_") or name == "drawn"]:
+        for name in [name for name in vars(self) if name.startswith("_") or name in ("drawn", "share")]:
             delattr(self, name)
         self.__class__ = BatchSampler  # type: ignore[assignment]
 
     def _prepare(self, accumulation: int) -> None:
         self.drawn: deque[DrawnBatch] = deque()
+        self.share = 1.0
         self._first_size = self.batch_size
         self._plan = BatchPlan(self.batch_size, accumulation)
         self._next_plan: BatchPlan | None = None
@@ -122,7 +126,7 @@ class AdaptiveBatchSampler(BatchSampler):
     @property
     def epoch_samples(self) -> int:
         """Samples of a whole epoch on this rank."""
-        return len(self.sampler)  # type: ignore[arg-type] # torch types it as any iterable
+        return int(self.share * len(self.sampler))  # type: ignore[arg-type] # torch types it as any iterable
 
     @property
     def samples_taken(self) -> int:
@@ -168,7 +172,7 @@ class AdaptiveBatchSampler(BatchSampler):
         indices = self._order()
         while True:
             wanted = self._next_batch()
-            batch = list(islice(indices, wanted.size))
+            batch = list(islice(indices, min(wanted.size, self.epoch_samples - self._ahead.samples)))
             if not batch or (self.drop_last and len(batch) < wanted.size):
                 return
             self._ahead = _Position(self._ahead.samples + len(batch), self._ahead.batches + 1)

@@ -164,9 +164,9 @@ class GradientNoise:
             The reading, or None if this window gives none.
         """
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        if self.using is None or not gradients:
-            return None
         samples = sum(sizes) * distributed.world_size()
+        if self.using is None or not gradients or samples < 2:
+            return None
         if self.using == "difference":
             return self._difference(list(gradients.values()), samples)
         square = squared_norm(gradients.values())

@@ -22,8 +22,8 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([0.0, 4.0])])
         tensor(25., dtype=torch.float64)
     """
-    norms = torch._foreach_norm([tensor.detach() for tensor in tensors], 2, torch.float32)
-    return torch.stack([norm.double() for norm in norms]).square().sum()
+    wide = [tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float() for tensor in tensors]
+    return torch.stack([norm.double() for norm in torch._foreach_norm(wide)]).square().sum()
 
 
 class GroupNorms:

@@ -72,6 +72,8 @@ class LiveLoader:
             raise AttributeError(f"this version of Lightning has no {missing}; `lightning-hpo` needs them to count.")
         self.loader: DataLoader[Any] = self._combined.flattened[0]
         self.sampler = AdaptiveBatchSampler.adopt(cast(BatchSampler, self.loader.batch_sampler), accumulation)
+        limit = trainer.limit_train_batches
+        self.sampler.share = limit if isinstance(limit, float) else 1.0
         self._quiet = ExitStack()
 
     def restart(self, epoch: int) -> None:
@@ -128,9 +130,7 @@ class LiveLoader:
 
     def _limit(self) -> int:
         batches, limit = len(self.sampler), self.trainer.limit_train_batches
-        if isinstance(limit, int):
-            return min(batches, limit)
-        return batches if limit is None or limit == 1.0 else int(batches * limit)
+        return min(batches, limit) if isinstance(limit, int) else batches
 
     def _set(self, limit: int) -> None:
         self._loop.max_batches = limit

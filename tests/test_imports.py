@@ -22,7 +22,10 @@ ANYTHING = None
 TORCH = {"torch", "typing_extensions"}
 LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics", "timm"}
 L0 = ("functional", "nn")
-L1 = ("frozen", "hyper", "state", "stateless", "distributed", "data")
+L1 = (
+    *("frozen", "hyper", "state", "stateless", "distributed"),
+    *("data", "live_loader", "accumulation", "gradients", "gradient_noise", "scaled_step"),
+)
 
 # Folder or file: packages of others it may import, and which parts of ours.
 RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
@@ -33,14 +36,19 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "state": (TORCH, L0),
     "stateless": (TORCH, L0),
     "distributed": (TORCH, L0),
-    "data": (TORCH | {"lightning"}, L0),
+    "data": (TORCH, L0),
+    "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
+    "accumulation": (TORCH, L0),
+    "gradients": (TORCH, L0),
+    "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "stateless")),
+    "scaled_step": (TORCH, L0),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),
     "cli": (ANYTHING, ANYTHING),
     "testing": (ANYTHING, ANYTHING),
 }
-MAY_USE_PRIVATE_LIGHTNING = {"lightning_hpo/callbacks/base.py", "lightning_hpo/data.py"}
+MAY_USE_PRIVATE_LIGHTNING = {"lightning_hpo/callbacks/base.py", "lightning_hpo/live_loader.py"}
 OF_LIGHTNING = {"trainer", "pl_module", "strategy", "fit_loop", "datamodule", "lightning_module", "precision_plugin"}
 
 

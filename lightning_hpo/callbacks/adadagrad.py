@@ -397,6 +397,7 @@ class AdaptiveBatchSize(MethodCallback):
             return False
         self.progress["skipped"] = 0
         values = {"trace": trace, "square": square - trace / reading["samples"], "inner": inner, "loss": loss}
+        values["orthogonal"] = max(trace - inner / square, 0.0) if square > 0 else 0.0  # an identity
         self.statistics = self.smoothed.update(values | {"coordinate": min(coordinate, float(self._limit))})
         return True
 
@@ -405,7 +406,7 @@ class AdaptiveBatchSize(MethodCallback):
         now = {"batch_size": float(self.batch_size), "lr": lr, "samples": float(self.progress["samples"])}
         asked = self.policy(GradientStatistics(**{"trace": 0.0, "square": 0.0, **self.statistics, **now}))
         base = self.progress["base_batch_size"]
-        least = 1 if self.policy.shrinks else base
+        least = 2 if self.policy.shrinks else base  # one sample has no variance
         before = self.progress["wanted"]
         wanted = next_batch_size(asked, before, least, self._limit, self.growth, self.policy.shrinks)
         if wanted != before:
