@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from lightning_hpo import AdaptiveBatchSize, MethodCallback, TokenCompression
+from lightning_hpo import AdaptiveBatchSize, MethodCallback, MicroBatchFinder, TokenCompression
 from lightning_hpo.testing import TinyClassifier, TinyImages
 
 EVERYTHING = frozenset(
@@ -65,6 +65,9 @@ class PlainImages(TinyImages):
         return DataLoader(self.train_set, self.batch_size, sampler=super().train_dataloader().sampler)
 
 
+ONCE = "it searches once, before training, and nothing moves afterwards; its own tests look at this"
+
+
 # A large step size: in ten steps the kept counts, which are whole numbers, must move.
 CASES = [
     Case("TokenCompression", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3)),
@@ -77,5 +80,12 @@ CASES = [
         Unscheduled,
         PlainImages,
         compare=("module", "knobs"),  # the state says how a batch is laid out on ranks and micro-batches
+    ),
+    Case(
+        "MicroBatchFinder",
+        "micro_batch",
+        lambda: MicroBatchFinder(max_size=16),
+        works_with=frozenset({"weights only", "checkpoint independence", "command line", "teardown"}),
+        reasons=dict.fromkeys(("trains", "resume", "two ranks", "fits twice", "accumulation", "bf16"), ONCE),
     ),
 ]

@@ -12,7 +12,13 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path
 
 
 def test_there_is_a_script_for_each_question():
-    assert SCRIPTS == ["inference_speed", "rate_learning_step", "survival_mask", "token_compression_quality"]
+    assert SCRIPTS == [
+        "gradient_statistics",
+        "inference_speed",
+        "rate_learning_step",
+        "survival_mask",
+        "token_compression_quality",
+    ]
 
 
 @pytest.mark.parametrize(

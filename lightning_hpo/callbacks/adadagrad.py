@@ -197,8 +197,6 @@ class AdaptiveBatchSize(MethodCallback):
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rivals = [c for c in callbacks if isinstance(c, (BatchSizeFinder, GradientAccumulationScheduler))]
         problems = [f"`{type(c).__name__}` sets the batch size or accumulation, too; remove one." for c in rivals]
-        if sum(isinstance(c, AdaptiveBatchSize) for c in callbacks) > 1:
-            problems.append("there are two of these callbacks in the Trainer; remove one.")
         self.raise_all(problems)
 
     @override
@@ -207,6 +205,8 @@ class AdaptiveBatchSize(MethodCallback):
         resumed = trainer.global_step > 0 and bool(self.batches)
         if not resumed:
             self._forget()
+        if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+            self.raise_all(["`LBFGS` runs the closure several times a step; use an optimizer that takes one gradient."])
         self._users_accumulation = trainer.accumulate_grad_batches
         self._parameters = [p for p in pl_module.parameters() if p.requires_grad]
         self._take_over_batches(trainer, resumed)

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_hpo.functional.batching import per_sample
+from lightning_hpo.functional.batching import per_sample, per_sample_conv
 from lightning_hpo.functional.batching.per_sample import Factors, OuterFactors
 from lightning_hpo.functional.batching.per_sample_conv import ConvFactors, ConvGeometry
 from lightning_hpo.functional.batching.per_sample_rules import layer_factors, missing_rule, parameter_rules
@@ -195,6 +195,16 @@ def test_no_samples_are_no_norms(name):
         assert factors.squared_norms().shape == (0,)
         assert not factors.second_moments().any()
         assert not factors.weighted_sum(torch.zeros(0)).any()
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv")])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_large_convolutions_use_the_kernel_of_torch(name, monkeypatch):
+    layer, inputs, outputs = made(name)
+    factors = layer_factors(layer.float(), inputs.float(), outputs.float())["weight"]
+    columns = factors.squared_norms()
+    monkeypatch.setattr(per_sample_conv, "_LARGE", 0)
+    torch.testing.assert_close(factors.squared_norms(), columns)
 
 
 def test_memory_does_not_grow_with_the_batch(monkeypatch):
