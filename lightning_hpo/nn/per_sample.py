@@ -121,7 +121,9 @@ class PerSampleGradients:
             RuntimeError: If no gradient has arrived.
         """
         if self.keep:
-            return self._sum("squared_norms")
+            if not self._norms:
+                self._norms = [self._sum("squared_norms")]
+            return self._norms[0]
         with torch.no_grad():
             for layer in self._layers:
                 self._finish(layer)
