@@ -12,10 +12,10 @@ class AccumulationWindow:
     r"""The micro-batches of one optimizer step, and the correction that makes their gradient a mean over samples.
 
     Lightning divides each loss by the planned number :math:`K` of micro-batches, so that a window sums up
-    :math:`\sum_j g_j / K`. With sizes :math:`n_j` the gradient of the whole batch is :math:`\sum_j n_j g_j / \sum_j n_j`.
-    The two differ where a window is short, as the last one of an epoch, or its micro-batches are not equal. Before a
-    micro-batch of another size the gradient so far is brought to its unit; at the end the sum becomes a mean. Where
-    sizes are equal and the window is full no gradient is touched.
+    :math:`\sum_j g_j / K`. With sizes :math:`n_j` the gradient of the whole batch is
+    :math:`\sum_j n_j g_j / \sum_j n_j`. The two differ where a window is short, as the last one of an epoch, or its
+    micro-batches are not equal. Before a micro-batch of another size the gradient so far is brought to its unit; at
+    the end the sum becomes a mean. Where sizes are equal and the window is full no gradient is touched.
 
     Example:
         >>> weight = torch.zeros(1, requires_grad=True)

@@ -24,7 +24,7 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "distributed"),
-    *("data", "live_loader", "accumulation", "gradients", "gradient_noise", "scaled_step"),
+    *("data", "live_loader", "accumulation", "gradients", "gradient_noise", "scaled_step", "batch_controller"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -42,6 +42,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "gradients": (TORCH, L0),
     "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "stateless")),
     "scaled_step": (TORCH, L0),
+    "batch_controller": (TORCH, (*L0, "state")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),

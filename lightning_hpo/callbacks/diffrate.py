@@ -290,8 +290,8 @@ class TokenCompression(MethodCallback):
             self._frozen.drop_gradient()
         if self.step == 0 and len(cast(RateLayout, self._layout).blocks) > 1 and hypers.raw["kept"].grad is None:
             rank_zero_warn(
-                "Your loss does not depend on the rates, so the budget alone moves them: the training step does not run "
-                "the network, or runs it under `torch.no_grad()`."
+                "Your loss does not depend on the rates, so the budget alone moves them: the training step does not "
+                "run the network, or runs it under `torch.no_grad()`."
             )
         for raw in hypers.parameters():
             raw.grad = torch.zeros_like(raw) if raw.grad is None else raw.grad

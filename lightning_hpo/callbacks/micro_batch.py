@@ -142,8 +142,7 @@ class MicroBatchFinder(MethodCallback):
             self.raise_all(["there are several training loaders, and which batch to size is unclear; use one."])
         length = math.inf
         if isinstance(loader, DataLoader) and (loader.batch_size is not None or loader.batch_sampler is not None):
-            samples = self._samples(loader)
-            make_batch = lambda size: loader.collate_fn([samples[i % len(samples)] for i in range(size)])  # noqa: E731
+            make_batch = self._collated(loader)
             if not isinstance(loader.dataset, IterableDataset):
                 length = -(-len(loader.dataset) // trainer.world_size)  # type: ignore[arg-type]
         else:
@@ -153,19 +152,25 @@ class MicroBatchFinder(MethodCallback):
             self.raise_all(["the training set has no length, so the search has no end; set `max_size`."])
         return make_batch, int(distributed.minimum(torch.tensor(int(maximum), device=pl_module.device)).item())
 
-    def _samples(self, loader: DataLoader[Any]) -> list[Any]:
-        """The first samples before collation, as many as the loader puts into a batch."""
+    def _collated(self, loader: DataLoader[Any]) -> Callable[[int], Any]:
+        """Makes batches as the loader does of the samples of its first batch."""
         data: Any = loader.dataset
         count = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+        together = getattr(data, "__getitems__", None)  # which may give something else than a list of samples
         if isinstance(data, IterableDataset):
             samples = list(islice(self._fresh(data), count))
         else:
-            indices = list(range(min(count, len(data))))
-            together = getattr(data, "__getitems__", None)
-            samples = list(together(indices) if callable(together) else [data[index] for index in indices])
+            known = range(min(count, len(data)))
+            samples = list(known) if callable(together) else [data[index] for index in known]
         if not samples:
             self.raise_all(["the training set is empty."])
-        return samples
+
+        def make_batch(size: int) -> Any:
+            chosen = [samples[index % len(samples)] for index in range(size)]
+            whole = callable(together) and not isinstance(data, IterableDataset)
+            return loader.collate_fn(together(chosen) if whole else chosen)  # type: ignore[misc]
+
+        return make_batch
 
     def _first_batch(self, loader: Any) -> Any:
         """The first batch of a loader whose data set gives whole batches, or that is no ``DataLoader``."""

@@ -346,8 +346,8 @@ def test_statistics_are_those_of_the_data(estimator, accumulation, rtol):
     size = 16 // accumulation
     grown(callback, Silent(lr=1e-12), loader(size, data=data), accumulate_grad_batches=accumulation)
     trace, square = truth(data)
-    assert callback.statistics["trace"] == pytest.approx(trace, rel=rtol)
-    assert callback.statistics["square"] == pytest.approx(square, rel=0.1)
+    assert callback.controller.statistics["trace"] == pytest.approx(trace, rel=rtol)
+    assert callback.controller.statistics["square"] == pytest.approx(square, rel=0.1)
 
 
 def test_a_quadratic_gets_its_closed_form():
@@ -382,7 +382,7 @@ def test_identical_samples_never_grow_the_batch():
         callback = AdaptiveBatchSize(estimator=estimator)
         run(callback, Silent(lr=1e-3, optimizer="plain"), loader(4, data=same), accumulate_grad_batches=accumulation)
         assert callback.batch_size == 4 * accumulation
-        assert callback.statistics["trace"] == pytest.approx(0, abs=1e-10)
+        assert callback.controller.statistics["trace"] == pytest.approx(0, abs=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_a_scheduler_that_counts_steps_is_noticed():
 def test_the_gain_is_that_of_the_measured_noise():
     callback = AdaptiveBatchSize(max_batch_size=32, max_micro_batch_size=32, lr_scaling=AdaScale(cap=99.0))
     run(callback, Regression(lr=1e-12))
-    trace, square = callback.statistics["trace"] / 4, max(callback.statistics["square"], 0.0)
+    trace, square = callback.controller.statistics["trace"] / 4, max(callback.controller.statistics["square"], 0.0)
     last = SAMPLES % 32 or 32
     assert callback.hyperparameters()["lr_factor"] <= max(last / 4, 8)
     assert callback.lr_scaling.factor(32, 4, 4 * trace, square) == pytest.approx(
@@ -478,7 +478,7 @@ def test_two_ranks_see_every_sample_once_and_decide_alike(tmp_path):
 
     class Save(Callback):
         def on_train_end(self, trainer, pl_module):
-            state = callback.hyperparameters(), callback.statistics
+            state = callback.hyperparameters(), callback.controller.statistics
             torch.save((pl_module.seen, state, pl_module.linear.weight), tmp_path / f"{trainer.global_rank}.pt")
 
     torch.set_num_threads(1)
@@ -518,7 +518,7 @@ def test_bf16_measures_what_float32_does():
         torch.manual_seed(0)
         callback = AdaptiveBatchSize(max_batch_size=16, max_micro_batch_size=16)
         run(callback, Classifier(), precision=precision)
-        found[precision] = callback.statistics
+        found[precision] = callback.controller.statistics
     assert found["bf16-mixed"] == pytest.approx(found["32-true"], rel=0.1)
 
 
