@@ -251,10 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     book = Book(chosen)
     count = 1 if chosen.quick else chosen.seeds
     if "digits" in chosen.data:
-        shorter = {"epochs": 1} if chosen.quick else {}
-        run_digits(book, count, lambda seed: replace(digits(seed), **shorter))
+        epochs = 1 if chosen.quick else 40
+        run_digits(book, count, lambda seed: replace(digits(seed), epochs=epochs))
         if not (chosen.missing and book.noise):
-            book.noise = compare_noise(replace(digits(0), **shorter))
+            book.noise = compare_noise(replace(digits(0), epochs=epochs))
     if "MNIST" in chosen.data and not chosen.quick:
         try:
             found = mnist()
