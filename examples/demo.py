@@ -1,10 +1,12 @@
-"""Watch gradient descent find how many tokens each block of a Vision Transformer can drop: `make demo`.
+"""Watch an ordinary Trainer learn what people otherwise set by hand, on real images: `make demo`.
 
 1. trains a small Vision Transformer on scikit-learn's handwritten digits with an ordinary Trainer,
-2. freezes it and learns the rates for 70 % of its multiply-accumulates,
-3. compares accuracy before and after, and writes table, CSV and pictures into `demo_output/`.
+2. freezes it and learns how many tokens each block can drop, for 70 % of its multiply-accumulates,
+3. compares accuracy before and after,
+4. trains a small network twice, with batches of 8 and with batches that grow as the noise of the gradient says,
 
-Two to three minutes on two cores; `--quick` takes seconds and shows nothing but that it runs.
+and writes tables, CSV and pictures into `demo_output/`. Two to three minutes on two cores; `--quick` takes seconds and
+shows nothing but that it runs.
 """
 
 import argparse
@@ -20,14 +22,44 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.nn import functional as F
 
-from lightning_hpo import HyperparameterReport, TokenCompression, TokenCompressionSchedule, apply_token_compression
+from lightning_hpo import (
+    AdaptiveBatchSize,
+    HyperparameterReport,
+    TokenCompression,
+    TokenCompressionSchedule,
+    apply_token_compression,
+)
 from lightning_hpo.demos import DigitsDataModule, ImageClassifier
 
 OUTPUT = Path("demo_output")
 TARGET = 0.7
 VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 6, "num_heads": 4, "qk_norm": True}
 console = Console(highlight=False)
+
+
+class SmallNetwork(LightningModule):
+    """Two linear layers and SGD, as anybody would write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """Cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        """Share of the images that are right."""
+        images, labels = batch
+        self.log("test_acc", (self.net(images).argmax(-1) == labels).float().mean(), batch_size=len(labels))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=0.005, momentum=0.9)
 
 
 class Watch(Callback):
@@ -68,13 +100,30 @@ def show(schedule: TokenCompressionSchedule) -> None:
     console.print(table)
 
 
+def batches(quick: bool) -> None:
+    console.print("4. A small network, with batches of 8 and with `AdaptiveBatchSize()`, which begins there and grows.")
+    adaptive = AdaptiveBatchSize(max_micro_batch_size=1024)
+    report = HyperparameterReport(dirpath=OUTPUT / "batch_size", every_n_steps=1)
+    for name, callbacks in (("batches of 8", []), ("adaptive", [adaptive, report])):
+        seed_everything(0, verbose=False)
+        digits = DigitsDataModule(batch_size=8, seed=0, val_fraction=0.0, limit=128 if quick else None)
+        network, runner = SmallNetwork(), trainer(*callbacks, max_epochs=2 if quick else 40)
+        begun = time.perf_counter()
+        runner.fit(network, digits)
+        spent, right = time.perf_counter() - begun, accuracy(network, digits)
+        console.print(f"   {name}: {runner.global_step} steps, {spent:.0f} s, test accuracy {right:.1%}")
+    console.print(
+        f"   the last batches had {adaptive.batch_size} samples; gradient noise scale {adaptive.noise_scale:.0f}"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few steps only")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)  # for a network this small a second thread costs more than it brings
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|logging interval).*")
+    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|logging interval|no `validation_step`).*")
     seed_everything(0, verbose=False)
     started = time.perf_counter()
 
@@ -99,7 +148,8 @@ def main() -> int:
     macs, dense = schedule.macs or 0, schedule.full_macs or 1
     console.print(f"   multiply-accumulates: {dense:,} -> {macs:,}, {macs / dense:.1%} (asked for: {TARGET:.0%})")
     console.print(f"   test accuracy: {before:.1%} -> {after:.1%}")
-    for file in sorted(OUTPUT.iterdir()):
+    batches(quick)
+    for file in sorted(path for path in OUTPUT.rglob("*") if path.is_file()):
         console.print(f"   written: {file.resolve()}", soft_wrap=True)
     console.print(f"   {time.perf_counter() - started:.0f} s in all")
     if quick or abs(macs / dense / TARGET - 1) <= 0.02:

@@ -78,6 +78,9 @@ class BatchController:
     def _trace_and_square(self) -> tuple[float, float]:
         return self.statistics.get("trace", 0.0), self.statistics.get("square", 0.0)
 
+    def _factor(self, batch_size: int) -> float:
+        return self.lr_scaling.factor(batch_size, self.base, *self._trace_and_square())
+
     def due(self, interval: int | None) -> bool:
         """Whether the coming step is to be looked at.
 
@@ -123,11 +126,17 @@ class BatchController:
         now = {"batch_size": float(batch_size), "lr": lr, "samples": float(self.samples)}
         asked = self.policy(GradientStatistics(**{"trace": 0.0, "square": 0.0, **self.statistics, **now}))
         least = 2 if self.policy.shrinks else self.base  # one sample has no variance
-        before = self.wanted
-        self.wanted = next_batch_size(
-            asked, before, min(least, self.limit), self.limit, self.growth, self.policy.shrinks
-        )
+        before, least = self.wanted, min(least, self.limit)
+        wanted = next_batch_size(asked, before, least, self.limit, self.growth, self.policy.shrinks)
+        self.wanted = self._useful(before, wanted)
         return self.wanted != before
+
+    def _useful(self, before: int, wanted: int) -> int:
+        """A batch beyond the one at which the learning rate reaches its cap would cost steps and bring nothing."""
+        cap = getattr(self.lr_scaling, "cap", math.inf)
+        while wanted > before and self._factor(wanted) >= cap:
+            wanted = (wanted + before) // 2
+        return wanted
 
     def end_epoch(self) -> None:
         """Begins new averages where the policy looks at whole epochs."""
@@ -143,7 +152,7 @@ class BatchController:
         Returns:
             Settings by name.
         """
-        self.lr_factor = self.lr_scaling.factor(samples, self.base, *self._trace_and_square())
+        self.lr_factor = self._factor(samples)
         lr: float | Tensor = group["lr"] * self.lr_factor
         if not (isinstance(self.lr_scaling, AdamSDE) and "betas" in group):
             return {"lr": lr}
