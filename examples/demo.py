@@ -123,7 +123,8 @@ def main() -> int:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)  # for a network this small a second thread costs more than it brings
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|logging interval|no `validation_step`).*")
+    known = "does not have many workers|LeafSpec|logging interval|no `validation_step`"
+    warnings.filterwarnings("ignore", message=f".*({known}).*")
     seed_everything(0, verbose=False)
     started = time.perf_counter()
 

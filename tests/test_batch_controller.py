@@ -125,7 +125,7 @@ def test_policies_of_epochs_use_the_mean_of_the_epoch():
         made.take_in(reading(trace, 1.0, 8), 8)
     assert made.statistics["trace"] == pytest.approx(30.0)
     made.decide(8, 0.1)
-    assert made.wanted == 2 * 31
+    assert made.wanted in (2 * 31, 2 * 31 + 1)  # rounded up, and averages are rounded, too
     made.end_epoch()
     made.take_in(reading(5.0, 1.0, 8), 8)
     assert made.statistics["trace"] == pytest.approx(5.0)
