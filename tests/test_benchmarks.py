@@ -13,6 +13,8 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path
 
 def test_there_is_a_script_for_each_question():
     assert SCRIPTS == [
+        "adaptive_batch_quality",
+        "adaptive_loader",
         "gradient_statistics",
         "inference_speed",
         "rate_learning_step",
