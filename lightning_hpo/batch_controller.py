@@ -15,6 +15,7 @@ __all__ = ["PATIENCE", "BatchController"]
 
 PATIENCE = 20  # readings in a row that are not finite, after which the batch size stays what it is
 _RARELY = 1024  # samples in a batch above which not every step need be looked at
+_REMEMBERED = 1 - 1e-9  # readings in units of a moving average's memory before it is trusted
 _MEAN = 1 - 1e-9  # a moving average with this decay is the mean so far
 
 
@@ -29,7 +30,7 @@ class BatchController:
 
     Example:
         >>> from lightning_hpo import AdaScale, NoiseScale
-        >>> controller = BatchController(NoiseScale(), AdaScale(), growth=2.0, smoothing=0.9)
+        >>> controller = BatchController(NoiseScale(), AdaScale(), growth=2.0, smoothing=0.0)
         >>> controller.begin(first=8, limit=1000)
         >>> controller.take_in({"trace": 100.0, "square": 20.0}, samples=8), controller.decide(batch_size=8, lr=0.1)
         (True, True)
@@ -43,7 +44,7 @@ class BatchController:
         self.smoothed = Smoothed(self._decay)
         self.statistics: dict[str, float] = {}  # the moving averages as they are now
         self.base = self.wanted = self.limit = 0
-        self.samples = self.steps = self.skipped = 0
+        self.samples = self.steps = self.skipped = self.readings = 0
         self.lr_factor = 1.0
 
     def begin(self, first: int, limit: int) -> None:
@@ -104,6 +105,7 @@ class BatchController:
             self.skipped += 1
             return False
         self.skipped = 0
+        self.readings += 1
         trace, raw = reading["trace"], reading["square"]
         values = {**reading, "square": raw - trace / samples}
         if "inner" in reading:
@@ -116,6 +118,9 @@ class BatchController:
     def decide(self, batch_size: int, lr: float) -> bool:
         """Sets :attr:`wanted` to what the policy asks for, within bounds.
 
+        The first readings alone are mostly luck, and a batch that never shrinks would keep it: nothing changes before
+        the moving averages have seen as many readings as they remember.
+
         Args:
             batch_size: The present batch size.
             lr: The learning rate that the schedule sets.
@@ -123,6 +128,8 @@ class BatchController:
         Returns:
             Whether it has changed.
         """
+        if self.policy.needs and self.policy.when == "step" and self.readings * (1 - self._decay) < _REMEMBERED:
+            return False
         now = {"batch_size": float(batch_size), "lr": lr, "samples": float(self.samples)}
         asked = self.policy(GradientStatistics(**{"trace": 0.0, "square": 0.0, **self.statistics, **now}))
         least = 2 if self.policy.shrinks else self.base  # one sample has no variance
@@ -161,7 +168,7 @@ class BatchController:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the bounds, in plain types."""
-        names = ("base", "wanted", "samples", "steps", "skipped", "lr_factor", "statistics", "smoothed")
+        names = ("base", "wanted", "samples", "steps", "skipped", "readings", "lr_factor", "statistics", "smoothed")
         return {name: saved(getattr(self, name), name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

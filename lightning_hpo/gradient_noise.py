@@ -132,7 +132,7 @@ class GradientNoise:
             self._ghost.enabled = self.using == "ghost"
 
     def _choose(self, groups: int) -> Estimator | None:
-        least = _FEWEST_GROUPS if len(self.estimators) > 1 else 2
+        least = _FEWEST_GROUPS if "ghost" in self.estimators else 2  # few groups are better than a biased estimate
         for estimator in self.estimators:
             if estimator != "micro_batch" or groups >= least:
                 return estimator

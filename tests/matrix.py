@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from lightning_hpo import AdaptiveBatchSize, MethodCallback, MicroBatchFinder, TokenCompression
+from lightning_hpo import AdaptiveBatchSize, MethodCallback, MicroBatchFinder, NormTest, TokenCompression
 from lightning_hpo.testing import TinyClassifier, TinyImages
 
 EVERYTHING = frozenset(
@@ -76,10 +76,17 @@ CASES = [
     Case(
         "AdaptiveBatchSize",
         "adadagrad",
-        lambda: AdaptiveBatchSize(estimator="ghost", max_batch_size=32, max_micro_batch_size=64, max_samples=None),
+        lambda: AdaptiveBatchSize(
+            NormTest(eta=0.1), "ghost", max_batch_size=32, max_micro_batch_size=64, smoothing=0.0, max_samples=None
+        ),
         Unscheduled,
         PlainImages,
         compare=("module", "knobs"),  # the state says how a batch is laid out on ranks and micro-batches
+        works_with=EVERYTHING - {"accumulation"},
+        reasons={
+            "accumulation": "works, but micro-batches are laid out anew as the batch grows, so that runs differ; its own "
+            "tests compare every step's gradient with that of the samples of its window"
+        },
     ),
     Case(
         "MicroBatchFinder",

@@ -26,6 +26,8 @@ from lightning_hpo.scaled_step import ScaledStep
 
 __all__ = ["AdaptiveBatchSize"]
 
+_FEWEST_STEPS = 16  # of an epoch, where the user names no largest batch
+
 
 class AdaptiveBatchSize(MethodCallback):
     r"""Lets the noise of the gradient decide how many samples an optimizer step takes.
@@ -42,7 +44,8 @@ class AdaptiveBatchSize(MethodCallback):
             ``"ghost"`` takes the norms of single-sample gradients from the layers; ``"vmap"`` differentiates single
             samples in an extra pass; ``"difference"`` compares steps in a row, which is biased. ``"auto"`` takes
             micro-batches where a step has four, and ghost norms, or else differences, where it has fewer.
-        max_batch_size: Largest batch over all ranks; by default the training set.
+        max_batch_size: Largest batch over all ranks; by default a sixteenth of the training set, so that an epoch keeps
+            a number of steps.
         max_micro_batch_size: Largest batch that one rank holds at a time; by default what a
             :class:`~lightning_hpo.MicroBatchFinder` of the same Trainer has found, or else the size your loader has.
         interval: Optimizer steps between two tests; by default 1 up to batches of 1024 and 10 beyond.
@@ -68,7 +71,7 @@ class AdaptiveBatchSize(MethodCallback):
         >>> small = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=1, num_heads=2)
         >>> module = ImageClassifier("vit_tiny_patch16_224", num_classes=10, model_args=small, cosine=False)
         >>> batches = AdaptiveBatchSize(max_micro_batch_size=256)
-        >>> trainer = Trainer(max_steps=8, accelerator="cpu", logger=False, callbacks=[batches],
+        >>> trainer = Trainer(max_steps=30, accelerator="cpu", logger=False, callbacks=[batches],
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         >>> trainer.fit(module, DigitsDataModule(batch_size=8))
         >>> batches.batch_size > 8
@@ -241,10 +244,10 @@ class AdaptiveBatchSize(MethodCallback):
             self.raise_all(["the number of training samples is unknown; set `max_batch_size`."])
         if wanted is not None and 0 < epoch < wanted:
             rank_zero_warn(f"`max_batch_size` is more than the {epoch} samples of an epoch, which is the limit.")
-        limit = min(size for size in (wanted, epoch) if size)
+        limit = min(wanted or max(first, epoch // _FEWEST_STEPS), epoch or math.inf)
         if limit < first:
             self.raise_all([f"`max_batch_size` is {limit}, but training begins with batches of {first}."])
-        return limit
+        return int(limit)
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         needs = self.controller.needs

@@ -445,7 +445,9 @@ def test_adam_gets_the_moments_of_its_rule():
             used.append((sum(map(len, pl_module.seen)), group["lr"], *group["betas"], group["eps"]))
 
     ramp = StageWise(sizes=(4, 16), samples=2 * 40)
-    callback = AdaptiveBatchSize(policy=ramp, lr_scaling=AdamSDE(), max_micro_batch_size=16, growth=10.0)
+    callback = AdaptiveBatchSize(
+        policy=ramp, lr_scaling=AdamSDE(), max_batch_size=16, max_micro_batch_size=16, growth=10.0
+    )
     _, trainer = run(callback, Regression(lr=1e-3, optimizer="adamw"), None, Look(), epochs=1)
     assert used[0][1:] == pytest.approx((1e-3, 0.9, 0.999, 1e-8))
     assert used[-2][1:] == pytest.approx((2e-3, 0.6, 0.996, 5e-9))
