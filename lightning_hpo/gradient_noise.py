@@ -1,5 +1,6 @@
 """How noisy is the gradient? Sums from which the variance of single-sample gradients follows, read while training."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -87,6 +88,7 @@ class GradientNoise:
         inner: Whether the inner products with the mean gradient are needed; then ``"ghost"`` or ``"vmap"`` it is.
         coordinate: Quantile of the coordinate-wise test, or None where it is not needed; the same holds.
         max_samples: Samples that ``"ghost"`` and ``"vmap"`` look at in each micro-batch; None for all.
+        strict: Whether it is an error if samples cannot be told apart in a layer; otherwise ghost norms are given up.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class GradientNoise:
         inner: bool = False,
         coordinate: float | None = None,
         max_samples: int | None = None,
+        strict: bool = True,
     ) -> None:
         self.estimators, self.inner, self.coordinate, self.max_samples = estimators, inner, coordinate, max_samples
-        self.module, self._parameters = module, dict(parameters)
+        self.module, self._parameters, self.strict = module, dict(parameters), strict
         self.using: Estimator | None = None  # in this window
         self._previous: list[Tensor] = []  # the last step's gradient, for "difference"
         self._previous_samples = 0
@@ -108,7 +111,7 @@ class GradientNoise:
         self._groups = GroupNorms(self._parameters.values()) if "micro_batch" in estimators else None
         self._ghost: PerSampleGradients | None = None
         if "ghost" in estimators:
-            self._ghost = PerSampleGradients(module, max_samples, keep=self._single)
+            self._ghost = PerSampleGradients(module, max_samples, keep=self._single, strict=strict)
             self._ghost.attach()
         self.begin(0)
 
@@ -129,7 +132,7 @@ class GradientNoise:
             self._groups.enabled = self.using == "micro_batch"
         if self._ghost is not None:
             self._ghost.clear()
-            self._ghost.enabled = self.using == "ghost"
+            self._ghost.enabled = self.using == "ghost" and not self._ghost.problem
 
     def _choose(self, groups: int) -> Estimator | None:
         least = _FEWEST_GROUPS if "ghost" in self.estimators else 2  # few groups are better than a biased estimate
@@ -149,10 +152,24 @@ class GradientNoise:
         if self.using == "micro_batch" and self._groups is not None:
             self._sums.append(self._groups.take() * unscale * unscale * size)
         elif self.using == "ghost" and self._ghost is not None:
-            squares = self._ghost.take().double()
-            self._sums.append(squares.mean() * size * (size * unscale) ** 2)
+            self._take_ghost(self._ghost, size, unscale)
         self._unscale = size * unscale
         self._batch = batch if self.using == "vmap" else None
+
+    def _take_ghost(self, ghost: PerSampleGradients, size: int, unscale: Tensor | float) -> None:
+        rows = 0 if ghost.problem else len(squares := ghost.take().double())
+        if rows == min(size, self.max_samples or size):
+            self._sums.append(squares.mean() * size * (size * unscale) ** 2)
+            return
+        problem = ghost.problem or f"layers see {rows} rows where the batch has {size} samples"
+        if self.strict:
+            raise RuntimeError(f"ghost norms: {problem}.")
+        if distributed.rank() == 0:
+            warnings.warn(
+                f"Ghost norms are given up, and steps are compared with each other instead: {problem}.", stacklevel=2
+            )
+        ghost.enabled, self.using = False, None
+        self.estimators = [name if name != "ghost" else "difference" for name in self.estimators]
 
     def read(self, sizes: Sequence[int]) -> Reading | None:
         """Reduces the window to one reading; call it where gradients are averaged, unscaled and not clipped.
@@ -226,19 +243,25 @@ class GradientNoise:
         return found.squared_norms.double(), cast(Tensor, found.inner_products).double(), found.second_moments or {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The last step's gradient, where steps are compared."""
-        return {"gradient": list(self._previous), "samples": self._previous_samples} if self._previous else {}
+        """The last step's gradient, where steps are compared, and the estimators that are left."""
+        return {
+            "gradient": list(self._previous),
+            "samples": self._previous_samples,
+            "estimators": list(self.estimators),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any], device: torch.device | str) -> None:
         """Goes on with the gradient of the step before.
 
         Args:
-            state_dict: What :meth:`state_dict` returned.
+            state_dict: What :meth:`state_dict` returned; nothing happens if it is empty.
             device: Where the module is.
         """
         if state_dict:
             self._previous = [g.to(device) for g in state_dict["gradient"]]
             self._previous_samples = state_dict["samples"]
+            if set(state_dict["estimators"]) <= {*self.estimators, "difference"}:
+                self.estimators = list(state_dict["estimators"])
 
     def remove(self) -> None:
         """Removes every hook."""

@@ -84,8 +84,8 @@ CASES = [
         compare=("module", "knobs"),  # the state says how a batch is laid out on ranks and micro-batches
         works_with=EVERYTHING - {"accumulation"},
         reasons={
-            "accumulation": "works, but micro-batches are laid out anew as the batch grows, so that runs differ; its own "
-            "tests compare every step's gradient with that of the samples of its window"
+            "accumulation": "works, but micro-batches are laid out anew as the batch grows, so that runs differ; its "
+            "own tests compare every step's gradient with that of the samples of its window"
         },
     ),
     Case(

@@ -92,7 +92,7 @@ class AdaptiveBatchSize(MethodCallback):
         smoothing: float = 0.9,
         lr_scaling: LearningRateRule | None = None,
         mode: Literal["loader", "accumulate"] = "loader",
-        max_samples: int | None = 64,
+        max_samples: int | None = 32,
     ) -> None:
         super().__init__()
         self.policy: Policy = NormTest() if policy is None else policy
@@ -267,6 +267,7 @@ class AdaptiveBatchSize(MethodCallback):
             inner="inner" in needs,
             coordinate=getattr(self.policy, "quantile", 0.9) if "coordinate" in needs else None,
             max_samples=self.max_samples,
+            strict=self.estimator != "auto" or bool(needs & {"inner", "coordinate"}),
         )
         self._noise.load_state_dict(self.previous_gradient, pl_module.device)
 

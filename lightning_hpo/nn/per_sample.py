@@ -38,9 +38,12 @@ class PerSampleGradients:
         max_samples: Only look at the first so many samples of each batch: cheaper, unbiased where batches are shuffled.
         keep: Keep inputs and output gradients until :meth:`clear` or the next forward pass, for
             :meth:`inner_products`, :meth:`second_moments` and :meth:`weighted_sum`.
+        strict: Whether a layer whose samples cannot be told apart ends the backward pass in an error; otherwise the
+            hooks are switched off for good and :attr:`problem` says why.
 
     Attributes:
         enabled: Switches the hooks off and on; in between they cost next to nothing.
+        problem: Why the hooks were switched off; empty if they were not.
 
     Raises:
         ValueError: If ``max_samples`` is below 1.
@@ -53,10 +56,13 @@ class PerSampleGradients:
         tensor([ 6., 10.])
     """
 
-    def __init__(self, module: nn.Module, max_samples: int | None = None, keep: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, max_samples: int | None = None, keep: bool = False, strict: bool = True
+    ) -> None:
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples must be at least 1, got {max_samples}")
         self.module, self.max_samples, self.keep = module, max_samples, keep
+        self.strict, self.problem = strict, ""
         self.enabled = True
         self._layers: list[_Layer] = []
         self._norms: list[Tensor] = []
@@ -199,6 +205,15 @@ class PerSampleGradients:
     def _arrive(self, layer: "_Layer", call: "_Call", gradient: Tensor) -> None:
         if not self.enabled:
             return
+        try:
+            self._look(layer, call, gradient)
+        except RuntimeError as error:
+            if self.strict:
+                raise
+            self.problem, self.enabled = str(error), False
+            self.clear()
+
+    def _look(self, layer: "_Layer", call: "_Call", gradient: Tensor) -> None:
         if call.saved is None:
             raise RuntimeError(
                 "a second backward pass runs through a graph whose per-sample gradients have been read; set `enabled` "

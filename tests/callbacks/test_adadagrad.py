@@ -554,3 +554,31 @@ def test_everything_is_given_back():
         run(erratic(), module, train, Stop(len(module.seen) + 3), epochs=1)
     assert type(train.batch_sampler) is torch.utils.data.BatchSampler
     assert vars(train.batch_sampler) == before
+
+
+class Folded(Classifier):
+    """Its first layer sees two rows a sample."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return F.mse_loss(self.net(torch.cat([x, -x]).float()), torch.cat([y, y]).float())
+
+
+class Mixed(Classifier):
+    """Two rows a sample in some layers."""
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        return F.mse_loss(
+            self.net[2](self.net[:2](torch.cat([x, -x]).float()).unflatten(0, (2, -1)).mean(0)), y.float()
+        )
+
+
+@pytest.mark.parametrize("module", [Folded, Mixed])
+def test_samples_that_cannot_be_told_apart_are_not_guessed_at(module):
+    callback = AdaptiveBatchSize(max_batch_size=32)
+    with pytest.warns(UserWarning, match="Ghost norms are given up"):
+        run(callback, module())
+    assert callback.controller.readings > 20
+    with pytest.raises(RuntimeError, match="rows"):
+        run(AdaptiveBatchSize(estimator="ghost"), module())
