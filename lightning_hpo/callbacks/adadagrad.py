@@ -16,7 +16,7 @@ from lightning_hpo import distributed
 from lightning_hpo.accumulation import AccumulationWindow
 from lightning_hpo.batch_controller import PATIENCE, BatchController
 from lightning_hpo.callbacks.base import MethodCallback
-from lightning_hpo.functional.batching.learning_rate import AdaScale, LearningRateRule
+from lightning_hpo.functional.batching.learning_rate import AdaScale, LearningRateRule, default_rule
 from lightning_hpo.functional.batching.plan import BatchPlan, plan_for
 from lightning_hpo.functional.batching.policies import NormTest, Policy
 from lightning_hpo.functional.optim.sample_lr import SampleLR
@@ -51,8 +51,8 @@ class AdaptiveBatchSize(MethodCallback):
         interval: Optimizer steps between two tests; by default 1 up to batches of 1024 and 10 beyond.
         growth: Largest factor by which one test changes the batch.
         smoothing: Decay of the moving averages of both statistics; 0 for none.
-        lr_scaling: Rule by which the learning rate follows the batch; :class:`~lightning_hpo.AdaScale` and its
-            relatives.
+        lr_scaling: Rule by which the learning rate follows the batch; by default :class:`~lightning_hpo.AdaScale`, and
+            :class:`~lightning_hpo.SqrtScaling` for Adagrad.
         mode: ``"loader"`` changes the batches that the loader draws, and accumulation; ``"accumulate"`` changes
             accumulation alone, for loaders that nobody may touch.
         max_samples: Samples of a micro-batch that ``"ghost"`` and ``"vmap"`` look at; None for all.
@@ -96,7 +96,7 @@ class AdaptiveBatchSize(MethodCallback):
     ) -> None:
         super().__init__()
         self.policy: Policy = NormTest() if policy is None else policy
-        self.lr_scaling: LearningRateRule = AdaScale() if lr_scaling is None else lr_scaling
+        self.lr_scaling = lr_scaling
         self.estimator, self.mode = estimator, mode
         self.max_batch_size, self.max_micro_batch_size = max_batch_size, max_micro_batch_size
         self.interval, self.growth, self.smoothing, self.max_samples = interval, growth, smoothing, max_samples
@@ -119,7 +119,8 @@ class AdaptiveBatchSize(MethodCallback):
 
     def _forget(self) -> None:
         """What training begins with."""
-        self.controller = BatchController(self.policy, self.lr_scaling, self.growth, self.smoothing)
+        rule = self.lr_scaling or AdaScale()  # until the optimizer is known
+        self.controller = BatchController(self.policy, rule, self.growth, self.smoothing)
         self.ranks = 0
         self.reading: dict[str, Any] = {}  # of the last step, read when its successor is under way
         self.previous_gradient: dict[str, Any] = {}
@@ -200,6 +201,7 @@ class AdaptiveBatchSize(MethodCallback):
         optimizer = trainer.optimizers[0]
         if isinstance(optimizer, torch.optim.LBFGS):
             self.raise_all(["`LBFGS` runs the closure several times a step; use an optimizer that takes one gradient."])
+        self.controller.lr_scaling = self.lr_scaling or default_rule(optimizer)
         self._users_accumulation = trainer.accumulate_grad_batches
         self._parameters = [p for p in pl_module.parameters() if p.requires_grad]
         self._take_over_batches(trainer, resumed)

@@ -28,6 +28,7 @@ from lightning_hpo import (
     NoScaling,
     SampleCosine,
     SimiGrad,
+    SqrtScaling,
     StageWise,
 )
 from lightning_hpo.functional.batching.policy import Policy
@@ -455,6 +456,21 @@ def test_adam_gets_the_moments_of_its_rule():
     assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.999), 1e-8)
 
 
+def test_the_rule_fits_the_optimizer_unless_it_is_chosen():
+    class WithAdagrad(Regression):
+        def configure_optimizers(self):
+            return torch.optim.Adagrad(self.parameters(), 1e-3)
+
+    for module, chosen, expected in (
+        (Regression(), None, AdaScale()),
+        (WithAdagrad(), None, SqrtScaling()),
+        (WithAdagrad(), LinearScaling(), LinearScaling()),
+    ):
+        callback = AdaptiveBatchSize(lr_scaling=chosen)
+        run(callback, module, epochs=1)
+        assert callback.controller.lr_scaling == expected
+
+
 def test_a_scheduler_that_counts_steps_is_noticed():
     schedule = lambda o: {"scheduler": torch.optim.lr_scheduler.StepLR(o, 10), "interval": "step"}  # noqa: E731
     with pytest.warns(UserWarning, match="`StepLR` counts optimizer steps"):
@@ -467,7 +483,7 @@ def test_the_gain_is_that_of_the_measured_noise():
     trace, square = callback.controller.statistics["trace"] / 4, max(callback.controller.statistics["square"], 0.0)
     last = SAMPLES % 32 or 32
     assert callback.hyperparameters()["lr_factor"] <= max(last / 4, 8)
-    assert callback.lr_scaling.factor(32, 4, 4 * trace, square) == pytest.approx(
+    assert callback.controller.lr_scaling.factor(32, 4, 4 * trace, square) == pytest.approx(
         (trace + square) / (trace / 8 + square)
     )
 
