@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from batch_noise import compare_noise
-from batch_plots import draw_courses, draw_loss, draw_noise, draw_rules, draw_steps
+from batch_plots import PICTURED, draw_courses, draw_loss, draw_noise, draw_rules, draw_steps
 from batch_runs import OPTIMIZERS, Data, Method, Watch, be_quiet, digits, mnist, train
 from common import RESULTS, conclude, console, parse, show, write
 
@@ -75,8 +75,8 @@ BEFORE: dict[tuple[str, str], tuple[int, float, tuple[float | None, float]]] = {
 
 def digits_methods(optimizer: str) -> list[Method]:
     """Batches of 8 at first; four micro-batches of 2 where micro-batches are compared."""
-    groups = {"estimator": "micro_batch", "max_micro_batch_size": 512}
-    samples = {"estimator": "ghost", "max_samples": None, "max_micro_batch_size": 1437}
+    groups = {"estimator": "micro_batch", "max_batch_size": 1437, "max_micro_batch_size": 512}
+    samples = {"estimator": "ghost", "max_samples": None, "max_batch_size": 1437, "max_micro_batch_size": 1437}
     four = Method("", batch=2, accumulation=4, drop_last=True)
     rules = {"none": NoScaling(), "sqrt": SqrtScaling(NO_CAP), "linear": LinearScaling(NO_CAP)}
     rules |= {"AdaScale": AdaScale(NO_CAP), "AdaScale, power 0.5": AdaScale(NO_CAP, power=0.5)}
@@ -94,16 +94,19 @@ def digits_methods(optimizer: str) -> list[Method]:
     return [*found, Method("constant 288, scaled", 288, scale=scale)]
 
 
-def mnist_methods() -> list[Method]:
+def mnist_methods(optimizer: str) -> list[Method]:
     """Those that need to know of no other run."""
     wide = {"max_micro_batch_size": 1024}
-    return [
+    found = [
         Method("constant 64", 64),
         Method("AdaptiveBatchSize()", 64, adaptive={}),
         Method("micro-batches up to 1024", 64, adaptive=wide),
         Method("same, AdaScale(power=0.5)", 64, adaptive=wide | {"lr_scaling": AdaScale(power=0.5)}),
         Method("same, sqrt", 64, adaptive=wide | {"lr_scaling": SqrtScaling()}),
     ]
+    if optimizer == "Adagrad":
+        found.insert(2, Method("AdaptiveBatchSize(), sqrt", 64, adaptive={"lr_scaling": SqrtScaling()}))
+    return found
 
 
 def mnist_rivals(optimizer: str, mean: int, final: int, samples: int) -> list[Method]:
@@ -145,6 +148,7 @@ class Book:
             points = [[float(f"{value:.4g}") for value in asdict(point).values()] for point in watch.course]
             same = {name: row[name] for name in ("data", "optimizer", "method", "seed")}
             self.courses.append(same | {"points": points})
+            self.courses.sort(key=lambda other: list(OPTIMIZERS).index(other["optimizer"]))
         self.save(write)
 
     def save(self, how: Callable[..., Any]) -> None:
@@ -218,16 +222,16 @@ def run_mnist(book: Book, seeds: int, data: Data) -> None:
     samples = len(data.train) * data.epochs
     for seed in range(seeds):
         for optimizer in OPTIMIZERS:
-            for method in mnist_methods():
+            for method in mnist_methods(optimizer):
                 if book.asked("MNIST", optimizer, method, seed):
                     row, watch = train(data, optimizer, method, seed)
-                    book.add("MNIST", row, watch, course=seed == 0)
+                    book.add("MNIST", row, watch, course=seed == 0 and method.name in PICTURED)
             key = ("MNIST", optimizer, "AdaptiveBatchSize()", seed)
             found = next(row for row in book.rows if _key(row) == key)
             for method in mnist_rivals(optimizer, round(found["mean_batch"]), found["last_batch"], samples):
                 if book.asked("MNIST", optimizer, method, seed):
                     row, watch = train(data, optimizer, method, seed)
-                    book.add("MNIST", row, watch, course=seed == 0)
+                    book.add("MNIST", row, watch, course=seed == 0 and method.name in PICTURED)
 
 
 def draw(book: Book, folder: Path) -> None:
@@ -243,16 +247,16 @@ def draw(book: Book, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     data = ("--data", {"nargs": "+", "choices": ["digits", "MNIST"], "default": ["digits", "MNIST"]})
-    seeds = ("--seeds", {"type": int, "default": 3, "help": "3 by default"})
+    seeds = ("--seeds", {"type": int, "default": 3, "help": "of MNIST; 3 by default"})
+    repeats = ("--repeats", {"type": int, "default": 10, "help": "seeds of the digits, which are quick; 10 by default"})
     missing = ("--missing", {"action": "store_true", "help": "only what the JSON file does not have yet"})
     assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
-    chosen = parse(__doc__, arguments, data, seeds, missing, assets)
+    chosen = parse(__doc__, arguments, data, seeds, repeats, missing, assets)
     be_quiet()
     book = Book(chosen)
-    count = 1 if chosen.quick else chosen.seeds
     if "digits" in chosen.data:
         epochs = 1 if chosen.quick else 40
-        run_digits(book, count, lambda seed: replace(digits(seed), epochs=epochs))
+        run_digits(book, 1 if chosen.quick else chosen.repeats, lambda seed: replace(digits(seed), epochs=epochs))
         if not (chosen.missing and book.noise):
             book.noise = compare_noise(replace(digits(0), epochs=epochs))
     if "MNIST" in chosen.data and not chosen.quick:
@@ -261,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except FileNotFoundError as error:
             console.print(f"MNIST left out: {error}")
         else:
-            run_mnist(book, count, found)
+            run_mnist(book, chosen.seeds, found)
     if folder := chosen.assets or (None if chosen.quick else ASSETS):
         draw(book, folder)
     columns = {"optimizer": "", "method": "", "steps": "d", "mean_batch": "d", "accuracy": ".2f", "spread": ".2f"}

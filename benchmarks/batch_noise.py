@@ -101,8 +101,7 @@ def exact_noise(network: nn.Module, data: Data) -> tuple[float, float]:
 def compare_noise(data: Data, points: int = 12) -> list[dict[str, Any]]:
     """Along a run on the digits with four micro-batches a step."""
     twin = TwoBatch(data, every=len(data.train) * data.epochs // points)
-    method = Method(
-        "noise", 2, accumulation=4, drop_last=True, adaptive={"estimator": "micro_batch", "max_micro_batch_size": 512}
-    )
+    groups = {"estimator": "micro_batch", "max_batch_size": 1437, "max_micro_batch_size": 512}
+    method = Method("noise", 2, accumulation=4, drop_last=True, adaptive=groups)
     train(data, "SGD", method, 0, twin)
     return twin.rows

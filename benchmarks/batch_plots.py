@@ -9,22 +9,23 @@ from matplotlib import pyplot as plt
 
 mpl.use("Agg")
 SAMPLES, STEPS, CPU, _, LOSS, ACCURACY, BATCH, NOISE = range(8)
-ADAPTIVE, CONSTANT = "AdaptiveBatchSize()", "constant 64"
+ADAPTIVE, SQRT = "AdaptiveBatchSize()", "AdaptiveBatchSize(), sqrt"
+PICTURED = ("constant 64", "constant, same mean", ADAPTIVE, SQRT)  # whose courses are kept
 
 
 def draw_courses(path: Path, courses: Sequence[Mapping[str, Any]]) -> None:
     """Batch size and noise scale against samples, above, and against time, below; one column an optimizer."""
-    mine = [course for course in courses if course["method"] == ADAPTIVE]
+    mine = [course for course in courses if course["method"] in (ADAPTIVE, SQRT)]
     figure, panels = _panels(2, len(mine))
     for column, course in enumerate(mine):
-        for row, (key, label) in enumerate(((SAMPLES, "samples"), (CPU, "seconds (CPU)"))):
+        for row, (key, label) in enumerate(((SAMPLES, "thousand samples"), (CPU, "seconds (CPU)"))):
             panel = panels[row][column]
             x = _values(course, key)
             panel.plot(x, _values(course, BATCH), label="batch size")
             panel.plot(x, _values(course, NOISE), linewidth=0.8, label="gradient noise scale")
             panel.axhline(64, color="grey", linewidth=0.8, label="first batch")
             panel.set(xlabel=label, yscale="log")
-        panels[0][column].set_title(course["optimizer"])
+        panels[0][column].set_title(course["optimizer"] + course["method"].removeprefix(ADAPTIVE))
     panels[0][0].legend(fontsize=7)
     _save(figure, path)
 
@@ -35,15 +36,15 @@ def draw_loss(path: Path, courses: Sequence[Mapping[str, Any]]) -> None:
     figure, panels = _panels(2, len(names))
     for column, name in enumerate(names):
         for course in courses:
-            if course["optimizer"] == name and course["method"] in (CONSTANT, ADAPTIVE, "constant, same mean"):
+            if course["optimizer"] == name and course["method"] in PICTURED:
                 panels[0][column].plot(_values(course, SAMPLES), _values(course, LOSS), label=course["method"])
                 right = [100 * value for value in _values(course, ACCURACY)]
                 panels[1][column].plot(_values(course, STEPS), right, label=course["method"])
-        panels[0][column].set(title=name, xlabel="samples", yscale="log")
+        panels[0][column].set(title=name, xlabel="thousand samples", yscale="log")
         panels[1][column].set(xlabel="optimizer steps", xscale="log", ylim=(92, 98.5))
     panels[0][0].set_ylabel("training loss")
     panels[1][0].set_ylabel("test accuracy in %")
-    panels[0][0].legend(fontsize=7)
+    panels[0][-1].legend(fontsize=7)
     _save(figure, path)
 
 
@@ -55,10 +56,10 @@ def draw_steps(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
         rows = [row for row in table if row["optimizer"] == name][::-1]
         labels = [row["method"] for row in rows]
         for panel, key in ((panels[0][column], "target_steps"), (panels[1][column], "target_cpu_s")):
-            colors = ["C1" if label == ADAPTIVE else "C0" for label in labels]
+            colors = ["C1" if label in (ADAPTIVE, SQRT) else "C0" for label in labels]
             panel.barh(labels, [row[key] or 0 for row in rows], color=colors)
             panel.tick_params(labelsize=7, labelleft=column == 0)
-        panels[0][column].set(title=name, xlabel="steps to 97 %", xscale="log")
+        panels[0][column].set(title=name, xlabel="steps to 97 %")
         panels[1][column].set(xlabel="seconds (CPU) to 97 %")
     _save(figure, path)
 
@@ -83,11 +84,11 @@ def draw_noise(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Gradient noise scale along a run: ours, by AdaptDL's formula, exact."""
     figure, panels = _panels(1, 1)
     panel = panels[0][0]
-    samples = [row["samples"] for row in rows]
+    samples = [row["samples"] / 1000 for row in rows]
     for key, mark in (("noise_exact", "k-"), ("noise_ours", "o-"), ("noise_adaptdl", "s--")):
         panel.plot(samples, [row[key] for row in rows], mark, markersize=3, label=key.removeprefix("noise_"))
     panel.plot(samples, [row["batch"] for row in rows], color="grey", linewidth=0.8, label="batch size")
-    panel.set(xlabel="samples", ylabel="gradient noise scale", yscale="log", title="digits, SGD")
+    panel.set(xlabel="thousand samples", ylabel="gradient noise scale", yscale="log", title="digits, SGD")
     panel.legend(fontsize=7)
     _save(figure, path)
 
@@ -98,7 +99,10 @@ def _panels(rows: int, columns: int) -> tuple[Any, Any]:
 
 
 def _values(course: Mapping[str, Any], key: int) -> list[float]:
-    return [point[key] if key != NOISE or 0 < point[key] < 1e9 else float("nan") for point in course["points"]]
+    values = [point[key] for point in course["points"]]
+    if key == SAMPLES:
+        return [value / 1000 for value in values]
+    return [value or float("nan") for value in values] if key == NOISE else values
 
 
 def _save(figure: Any, path: Path) -> None:
