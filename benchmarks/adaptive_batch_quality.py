@@ -102,11 +102,12 @@ def mnist_methods(optimizer: str) -> list[Method]:
         Method("AdaptiveBatchSize()", 64, adaptive={}),
         Method("micro-batches up to 1024", 64, adaptive=wide),
         Method("same, AdaScale(power=0.5)", 64, adaptive=wide | {"lr_scaling": AdaScale(power=0.5)}),
-        Method("same, sqrt", 64, adaptive=wide | {"lr_scaling": SqrtScaling()}),
     ]
-    if optimizer == "Adagrad":
-        found.insert(2, Method("AdaptiveBatchSize(), sqrt", 64, adaptive={"lr_scaling": SqrtScaling()}))
-    return found
+    if optimizer == "Adagrad":  # whose default is the square root
+        rule = {"lr_scaling": AdaScale()}
+        found.insert(2, Method("AdaptiveBatchSize(), AdaScale", 64, adaptive=rule))
+        return [*found, Method("same, AdaScale", 64, adaptive=wide | rule)]
+    return [*found, Method("same, sqrt", 64, adaptive=wide | {"lr_scaling": SqrtScaling()})]
 
 
 def mnist_rivals(optimizer: str, mean: int, final: int, samples: int) -> list[Method]:

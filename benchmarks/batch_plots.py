@@ -9,13 +9,13 @@ from matplotlib import pyplot as plt
 
 mpl.use("Agg")
 SAMPLES, STEPS, CPU, _, LOSS, ACCURACY, BATCH, NOISE = range(8)
-ADAPTIVE, SQRT = "AdaptiveBatchSize()", "AdaptiveBatchSize(), sqrt"
-PICTURED = ("constant 64", "constant, same mean", ADAPTIVE, SQRT)  # whose courses are kept
+ADAPTIVE, ADASCALE = "AdaptiveBatchSize()", "AdaptiveBatchSize(), AdaScale"
+PICTURED = ("constant 64", "constant, same mean", ADAPTIVE, ADASCALE)  # whose courses are kept
 
 
 def draw_courses(path: Path, courses: Sequence[Mapping[str, Any]]) -> None:
     """Batch size and noise scale against samples, above, and against time, below; one column an optimizer."""
-    mine = [course for course in courses if course["method"] in (ADAPTIVE, SQRT)]
+    mine = [course for course in courses if course["method"] in (ADAPTIVE, ADASCALE)]
     figure, panels = _panels(2, len(mine))
     for column, course in enumerate(mine):
         for row, (key, label) in enumerate(((SAMPLES, "thousand samples"), (CPU, "seconds (CPU)"))):
@@ -56,7 +56,7 @@ def draw_steps(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
         rows = [row for row in table if row["optimizer"] == name][::-1]
         labels = [row["method"] for row in rows]
         for panel, key in ((panels[0][column], "target_steps"), (panels[1][column], "target_cpu_s")):
-            colors = ["C1" if label in (ADAPTIVE, SQRT) else "C0" for label in labels]
+            colors = ["C1" if label in (ADAPTIVE, ADASCALE) else "C0" for label in labels]
             panel.barh(labels, [row[key] or 0 for row in rows], color=colors)
             panel.tick_params(labelsize=7, labelleft=column == 0)
         panels[0][column].set(title=name, xlabel="steps to 97 %")
