@@ -62,11 +62,17 @@ class Counting(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+def _batch_sampler(trainer: Trainer) -> Any:
+    loader: Any = trainer.train_dataloader
+    return loader.batch_sampler
+
+
 class Change(Callback):
     """Changes the size after a third of the samples of each epoch."""
 
     def __init__(self, first: int, then: int, ours: bool) -> None:
-        self.first, self.then, self.ours, self.live = first, then, ours, None
+        self.first, self.then, self.ours = first, then, ours
+        self.live: LiveLoader | None = None
         self.epoch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +88,7 @@ class Change(Callback):
             self.live.sampler.request(BatchPlan(self.first))
             self.live.begin_epoch()
         else:
-            trainer.train_dataloader.batch_sampler.batch_size = self.first
+            _batch_sampler(trainer).batch_size = self.first
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keeps count."""
@@ -95,7 +101,7 @@ class Change(Callback):
         self.epoch += len(batch[0])
         size = self.then if self.epoch >= SAMPLES // 3 else self.first
         if self.live is None:
-            trainer.train_dataloader.batch_sampler.batch_size = size
+            _batch_sampler(trainer).batch_size = size
         elif self.live.sampler.plan.micro != size:
             self.live.sampler.request(BatchPlan(size))
             self.live.synchronize()
@@ -110,8 +116,9 @@ def fit(
     way: str, first: int, then: int, workers: int, epochs: int = 2, interval: float = 1.0
 ) -> tuple[Counting, float]:
     kind = {"plain": BatchSampler, "no length": Unsized, "synchronized": AdaptiveBatchSampler, "ordinary": BatchSampler}
-    module, quiet = Counting(), dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
-    callbacks = [] if way == "ordinary" else [Change(first, then, way == "synchronized")]
+    module = Counting()
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    callbacks: list[Callback] = [] if way == "ordinary" else [Change(first, then, way == "synchronized")]
     trainer = Trainer(
         accelerator="cpu", max_epochs=epochs, callbacks=callbacks, num_sanity_val_steps=0, enable_model_summary=False,
         val_check_interval=interval, **quiet,
