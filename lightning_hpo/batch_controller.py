@@ -45,6 +45,7 @@ class BatchController:
         self.statistics: dict[str, float] = {}  # the moving averages as they are now
         self.base = self.wanted = self.limit = 0
         self.samples = self.steps = self.skipped = self.readings = 0
+        self.measured = 0  # batch size of the newest reading
         self.lr_factor = 1.0
 
     def begin(self, first: int, limit: int) -> None:
@@ -91,12 +92,13 @@ class BatchController:
         every = interval or (1 if self.wanted <= _RARELY else 10)
         return not self.frozen and self.steps % every == 0
 
-    def take_in(self, reading: dict[str, float], samples: int) -> bool:
+    def take_in(self, reading: dict[str, float], samples: int, batch_size: int | None = None) -> bool:
         """Adds what a step has shown to the moving averages.
 
         Args:
             reading: ``trace``, ``square`` (of the batch gradient), and what the policy needs besides.
             samples: Samples that the gradient was taken over.
+            batch_size: Samples of the step; the same, unless two steps were compared.
 
         Returns:
             Whether all numbers were finite; otherwise nothing is added.
@@ -106,6 +108,7 @@ class BatchController:
             return False
         self.skipped = 0
         self.readings += 1
+        self.measured = batch_size or samples
         trace, raw = reading["trace"], reading["square"]
         values = {**reading, "square": raw - trace / samples}
         if "inner" in reading:
@@ -130,7 +133,8 @@ class BatchController:
         """
         if self.policy.needs and self.policy.when == "step" and self.readings * (1 - self._decay) < _REMEMBERED:
             return False
-        now = {"batch_size": float(batch_size), "lr": lr, "samples": float(self.samples)}
+        # The tests that do not debias ask for the batch at which the noise was measured, not for the present one.
+        now = {"batch_size": float(self.measured or batch_size), "lr": lr, "samples": float(self.samples)}
         asked = self.policy(GradientStatistics(**{"trace": 0.0, "square": 0.0, **self.statistics, **now}))
         least = 2 if self.policy.shrinks else self.base  # one sample has no variance
         before, least = self.wanted, min(least, self.limit)
@@ -168,7 +172,8 @@ class BatchController:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the bounds, in plain types."""
-        names = ("base", "wanted", "samples", "steps", "skipped", "readings", "lr_factor", "statistics", "smoothed")
+        counts = ("base", "wanted", "samples", "steps", "skipped", "readings", "measured")
+        names = (*counts, "lr_factor", "statistics", "smoothed")
         return {name: saved(getattr(self, name), name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

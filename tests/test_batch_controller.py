@@ -28,6 +28,17 @@ def test_the_noise_scale_is_asked_for_whatever_the_batch():
         assert made.noise_scale == pytest.approx(60)
 
 
+def test_the_plain_test_uses_the_batch_of_the_reading():
+    """With the present, larger batch the squared norm would be underestimated, and the batch jump to the limit."""
+    made = controller(NormTest(eta=0.5, debias=False), growth=2.0)
+    made.take_in(reading(80.0, 1.0, 8), 8)
+    made.wanted = 64
+    made.decide(64, 0.1)
+    assert made.wanted == 64  # 80 / (0.25 * (1 + 80 / 8)) is 29
+    made.take_in({"trace": 80.0, "square": 2.0}, 16, batch_size=8)  # two steps compared
+    assert made.measured == 8
+
+
 def test_it_never_shrinks_unless_the_policy_does():
     for policy, expected in ((NormTest(), 100), (NoiseScale(), 60)):
         made = controller(policy, first=8)

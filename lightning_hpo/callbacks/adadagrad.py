@@ -211,8 +211,9 @@ class AdaptiveBatchSize(MethodCallback):
 
     def _take_over_batches(self, trainer: Trainer, resumed: bool) -> None:
         ranks, before = trainer.world_size, self.ranks
-        self._first, epoch = self._take_over_loader(trainer)
-        self.controller.begin(self._first.samples(ranks), self._limit(self._first.samples(ranks), epoch))
+        self._first, self._epoch = self._take_over_loader(trainer)
+        first = self._first.samples(ranks)
+        self.controller.begin(first, self._limit(first, self._epoch))
         self.ranks = ranks
         if resumed and self._accumulated:
             self._accumulated.load_state_dict(self.batches)
@@ -326,13 +327,13 @@ class AdaptiveBatchSize(MethodCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Makes the gradient a mean over the window's samples, reads its noise and decides on the next batch."""
         accumulation, window = trainer.accumulate_grad_batches, self._window
+        samples = window.samples * trainer.world_size
         window.finish(self._parameters, accumulation)
         full = len(window.sizes) == accumulation
         reading = self._noise.read(window.sizes) if self._noise and full else None
         self._decide(trainer)  # on what the step before has shown, whose numbers have long arrived
         if reading is not None:
-            self.reading = {"values": reading.values, "samples": reading.samples}
-        samples = window.samples * trainer.world_size
+            self.reading = {"values": reading.values, "samples": reading.samples, "batch_size": samples}
         self.controller.samples += samples
         self.controller.steps += 1
         for config in trainer.lr_scheduler_configs:
@@ -373,7 +374,7 @@ class AdaptiveBatchSize(MethodCallback):
         values = dict(zip(names, reading["values"].tolist(), strict=True))
         if "loss" in reading:
             values["loss"] = float(reading["loss"])
-        fine = self.controller.take_in(values, reading["samples"])
+        fine = self.controller.take_in(values, reading["samples"], reading["batch_size"])
         if self.controller.skipped == PATIENCE:
             rank_zero_warn(
                 f"The gradient was not finite in {PATIENCE} steps in a row, so the batch size stays {self.batch_size}."
@@ -388,7 +389,8 @@ class AdaptiveBatchSize(MethodCallback):
         """Asks loader or accumulation for the batch size wanted."""
         first, limit = self._first, self.controller.limit
         largest = first.micro if self._accumulated else self._largest_micro_batch(trainer)
-        plan = plan_for(self.controller.wanted, trainer.world_size, largest, first.accumulation, max_batch=limit)
+        most = None if limit == self._epoch else limit  # a whole epoch may be rounded up: it is one short window
+        plan = plan_for(self.controller.wanted, trainer.world_size, largest, first.accumulation, max_batch=most)
         if self._live:
             self._live.sampler.request(plan)
         elif self._accumulated:  # as many whole batches as are not too many
