@@ -80,7 +80,15 @@ class BatchController:
     def _trace_and_square(self) -> tuple[float, float]:
         return self.statistics.get("trace", 0.0), self.statistics.get("square", 0.0)
 
-    def _factor(self, batch_size: int) -> float:
+    def factor(self, batch_size: int) -> float:
+        """What the learning rate of a step is multiplied by.
+
+        Args:
+            batch_size: Samples of the step.
+
+        Returns:
+            The factor, by the present statistics.
+        """
         return self.lr_scaling.factor(batch_size, self.base, *self._trace_and_square())
 
     def due(self, interval: int | None) -> bool:
@@ -145,7 +153,7 @@ class BatchController:
     def _useful(self, before: int, wanted: int) -> int:
         """A batch beyond the one at which the learning rate reaches its cap would cost steps and bring nothing."""
         cap = getattr(self.lr_scaling, "cap", math.inf)
-        while wanted > before and self._factor(wanted) >= cap:
+        while wanted > before and self.factor(wanted) >= cap:
             wanted = (wanted + before) // 2
         return wanted
 
@@ -163,7 +171,7 @@ class BatchController:
         Returns:
             Settings by name.
         """
-        self.lr_factor = self._factor(samples)
+        self.lr_factor = self.factor(samples)
         lr: float | Tensor = group["lr"] * self.lr_factor
         if not (isinstance(self.lr_scaling, AdamSDE) and "betas" in group):
             return {"lr": lr}

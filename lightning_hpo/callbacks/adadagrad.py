@@ -155,7 +155,7 @@ class AdaptiveBatchSize(MethodCallback):
         known = self.controller
         if not known.base:
             return {}
-        found = {"batch_size": float(self.batch_size), "lr_factor": float(known.lr_factor)}
+        found = {"batch_size": float(self.batch_size), "lr_factor": known.factor(self.batch_size)}
         if 0 < known.noise_scale < math.inf:
             found["noise_scale"] = known.noise_scale
         return {**found, "samples": float(known.samples)}
