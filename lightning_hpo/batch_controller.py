@@ -46,6 +46,7 @@ class BatchController:
         self.base = self.wanted = self.limit = 0
         self.samples = self.steps = self.skipped = self.readings = 0
         self.measured = 0  # batch size of the newest reading
+        self.undecided = False  # whether there is a reading that no decision has seen
         self.lr_factor = 1.0
 
     def begin(self, first: int, limit: int) -> None:
@@ -116,6 +117,7 @@ class BatchController:
             return False
         self.skipped = 0
         self.readings += 1
+        self.undecided = True
         self.measured = batch_size or samples
         trace, raw = reading["trace"], reading["square"]
         values = {**reading, "square": raw - trace / samples}
@@ -160,6 +162,7 @@ class BatchController:
     def end_epoch(self) -> None:
         """Begins new averages where the policy looks at whole epochs."""
         self.smoothed = Smoothed(self._decay)
+        self.undecided = False
 
     def step_settings(self, group: dict[str, Any], samples: int) -> dict[str, Any]:
         """What an optimizer's group is to use for one step.
@@ -180,7 +183,7 @@ class BatchController:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the bounds, in plain types."""
-        counts = ("base", "wanted", "samples", "steps", "skipped", "readings", "measured")
+        counts = ("base", "wanted", "samples", "steps", "skipped", "readings", "measured", "undecided")
         names = (*counts, "lr_factor", "statistics", "smoothed")
         return {name: saved(getattr(self, name), name) for name in names}
 

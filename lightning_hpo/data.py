@@ -105,6 +105,7 @@ class AdaptiveBatchSampler(BatchSampler):
         self._next_plan: BatchPlan | None = None
         self._replay: deque[DrawnBatch] = deque()  # batches that were drawn, but not consumed, when the state was saved
         self._seed, self._epoch = int(torch.empty((), dtype=torch.int64).random_(2**32)), 0
+        self._passes = 0
         self._own_state: Tensor | None = None  # of the sampler's own generator, when the epoch's order was drawn
         self._resuming, self._fresh = (
             False,
@@ -169,6 +170,8 @@ class AdaptiveBatchSampler(BatchSampler):
             self._replay.clear()
         self._fresh = self._resuming = False
         self.drawn.clear()
+        self._passes += 1
+        mine = self._passes
         indices = self._order()
         while True:
             wanted = self._next_batch()
@@ -178,14 +181,26 @@ class AdaptiveBatchSampler(BatchSampler):
             self._ahead = _Position(self._ahead.samples + len(batch), self._ahead.batches + 1)
             self.drawn.append(DrawnBatch(len(batch), wanted.accumulation))
             yield batch
+            if mine != self._passes:
+                raise RuntimeError("something else iterates over the training loader; give it a loader of its own.")
 
     def _next_batch(self) -> DrawnBatch:
         if self._replay:
             return self._replay.popleft()
-        if self._next_plan is not None and _aligned(self._ahead.batches, self._plan, self._next_plan):
+        rest = self.epoch_samples - self._ahead.samples
+        if self._next_plan is not None and self._may_follow(self._plan, self._next_plan, self._ahead.batches, rest):
             self._plan, self._next_plan = self._next_plan, None
             self.batch_size = self._plan.micro
         return DrawnBatch(self._plan.micro, self._plan.accumulation)
+
+    def _may_follow(self, plan: BatchPlan, following: BatchPlan, batches: int, rest: int) -> bool:
+        """Whether another plan may begin at this batch.
+
+        Where a last batch that is not full is left out, the last batches keep their size: a change would decide after
+        the fact which batch was the last.
+        """
+        aligned = batches % plan.accumulation == 0 and batches % following.accumulation == 0
+        return aligned and (batches == 0 or not self.drop_last or rest >= max(plan.micro, following.micro))
 
     def _order(self) -> Iterator[int]:
         """The epoch's indices from the present position on.
@@ -211,7 +226,7 @@ class AdaptiveBatchSampler(BatchSampler):
         for batch in replayed:
             batches, rest = batches + 1, rest - batch.size
         following = self._next_plan
-        while following is not None and rest > 0 and not _aligned(batches, plan, following):
+        while following is not None and rest > 0 and not self._may_follow(plan, following, batches, rest):
             batches, rest = batches + 1, rest - plan.micro
         if rest < 0:  # the batch that was counted last is not full
             return batches - self.drop_last
@@ -238,7 +253,9 @@ class AdaptiveBatchSampler(BatchSampler):
         Args:
             state_dict: What :meth:`state_dict` returned.
         """
+        share, first = self.share, self._first_size
         self._prepare(1)
+        self.share, self._first_size = share, first
         self._plan = BatchPlan(*state_dict["plan"])
         self._next_plan = state_dict["next_plan"] and BatchPlan(*state_dict["next_plan"])
         self.batch_size = self._plan.micro
@@ -273,7 +290,3 @@ class AdaptiveBatchSampler(BatchSampler):
     def finish(self) -> None:
         """Makes the next pass begin a new epoch, whatever was loaded."""
         self._resuming, self._fresh = False, True
-
-
-def _aligned(batches: int, plan: BatchPlan, following: BatchPlan) -> bool:
-    return batches % plan.accumulation == 0 and batches % following.accumulation == 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_hpo import distributed
 from lightning_hpo.functional.batching.variances import coordinate_batch, group_trace, inner_product_variance
 from lightning_hpo.gradients import GroupNorms, squared_norm
+from lightning_hpo.nn.per_sample import compiled_modules
 from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers, loss_of, per_sample_statistics
 
 __all__ = ["Estimator", "GradientNoise", "Reading", "choose_estimators"]
@@ -53,7 +54,8 @@ def choose_estimators(
     mixing = batch_mixing_layers(module)
     covered = {name: trained[name] for name in PerSampleGradients(module).covered}
     share = sum(p.numel() for p in covered.values()) / max(sum(p.numel() for p in trained.values()), 1)
-    ghost = not mixing and share >= _ENOUGH
+    compiled = compiled_modules(module)
+    ghost = not mixing and not compiled and share >= _ENOUGH
     exact: Estimator = "ghost" if ghost else "vmap"
     chosen: list[Estimator] = [exact] if single_samples else ["micro_batch", "ghost" if ghost else "difference"]
     if estimator != "auto":
@@ -63,6 +65,10 @@ def choose_estimators(
         problems.append(
             f"{', '.join(mixing)} mix the samples of a batch, so that a single sample has no gradient; use "
             "`estimator='micro_batch'`, or another norm."
+        )
+    if "ghost" in chosen and compiled:
+        problems.append(
+            f"compiled modules ({', '.join(compiled)}) do not run hooks; use `estimator='micro_batch'` or 'difference'."
         )
     if chosen == ["ghost"] and not covered:
         problems.append("no layer of the module has a rule for ghost norms; use `estimator='vmap'`.")
@@ -171,18 +177,19 @@ class GradientNoise:
         ghost.enabled, self.using = False, None
         self.estimators = [name if name != "ghost" else "difference" for name in self.estimators]
 
-    def read(self, sizes: Sequence[int]) -> Reading | None:
+    def read(self, sizes: Sequence[int], samples: int) -> Reading | None:
         """Reduces the window to one reading; call it where gradients are averaged, unscaled and not clipped.
 
         Args:
-            sizes: Samples of the window's micro-batches on this rank, the same on every rank.
+            sizes: Samples of the window's micro-batches on this rank.
+            samples: Samples of the window on all ranks.
 
         Returns:
             The reading, or None if this window gives none.
         """
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        samples = sum(sizes) * distributed.world_size()
-        if self.using is None or not gradients or samples < 2:
+        unseen = self.using in ("micro_batch", "ghost") and len(self._sums) != len(sizes)  # a step without a loss
+        if unseen or self.using is None or not gradients or samples < 2:
             return None
         if self.using == "difference":
             return self._difference(list(gradients.values()), samples)

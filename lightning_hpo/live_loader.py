@@ -38,6 +38,8 @@ def loader_problems(loader: object) -> list[str]:
     if loader.batch_sampler is None:
         return [f"the training loader has no automatic batching (`batch_size=None`); {cure}."]
     problems = []
+    if not hasattr(getattr(loader.batch_sampler, "sampler", None) or loader.batch_sampler, "__len__"):
+        problems.append(f"nobody knows how many samples an epoch has; give the sampler a length, or {cure}.")
     if type(loader.batch_sampler) not in (BatchSampler, AdaptiveBatchSampler):
         problems.append(f"`{type(loader.batch_sampler).__name__}` draws batches by a rule of its own; {cure}.")
     if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
@@ -64,8 +66,6 @@ class LiveLoader:
 
     def __init__(self, trainer: Trainer, accumulation: int = 1) -> None:
         self.trainer, self._loop = trainer, trainer.fit_loop
-        self._fetcher: Any = self._loop._data_fetcher
-        self._combined = cast(Any, self._loop._combined_loader)
         missing = [n for n in ("fetched", "length", "done") if not hasattr(self._fetcher, n)]
         missing += [n for n in ("limits", "flattened") if not hasattr(self._combined, n)]
         if missing:
@@ -76,13 +76,24 @@ class LiveLoader:
         self.sampler.share = limit if isinstance(limit, float) else 1.0
         self._quiet = ExitStack()
 
-    def restart(self, epoch: int) -> None:
+    @property
+    def _fetcher(self) -> Any:  # a Trainer that asks for its loader again makes new ones
+        return self._loop._data_fetcher
+
+    @property
+    def _combined(self) -> Any:
+        return self._loop._combined_loader
+
+    def restart(self, epoch: int) -> bool:
         """Begins the epoch's batches again, from where the sampler's state stands.
 
         The loader has been iterated over before the sampler was adopted, and its workers may have drawn batches.
 
         Args:
             epoch: Number of the epoch, for samplers that shuffle by it.
+
+        Returns:
+            Whether the state was that of an epoch's end, so that the next epoch begins.
         """
         taken, over = self.sampler.batches_taken, self._is_over()
         for sampler in (self.loader.sampler, self.sampler.sampler):
@@ -94,7 +105,11 @@ class LiveLoader:
         self.begin_epoch()
         iter(self._fetcher)
         if over:
-            self._loop.max_batches = taken  # by which Lightning sees that the checkpoint's epoch is over
+            # By which Lightning sees that the checkpoint's epoch is over, and was validated.
+            self._loop.max_batches = taken
+            if isinstance(self.trainer.val_check_interval, float) and self.trainer.val_check_batch is not None:
+                self.trainer.val_check_batch = taken
+        return over
 
     def stale(self) -> bool:
         """Whether the Trainer has a new loader by now."""
@@ -135,8 +150,12 @@ class LiveLoader:
     def _set(self, limit: int) -> None:
         self._loop.max_batches = limit
         interval = self.trainer.val_check_interval
-        if isinstance(interval, float) and self.trainer.val_check_batch is not None:  # else it counts batches, or time
+        if self.trainer.val_check_batch is None:  # it counts time
+            return
+        if isinstance(interval, float):
             self.trainer.val_check_batch = limit if interval == 1.0 else self._next_validation(limit, interval)
+        elif self.trainer.check_val_every_n_epoch is not None:  # an epoch may have become shorter than the interval
+            self.trainer.val_check_batch = min(interval, limit)
 
     def _next_validation(self, limit: int, interval: float) -> int:
         """Number of the batch after which a fraction of the epoch's samples is reached.
@@ -147,11 +166,15 @@ class LiveLoader:
         if taken and taken == self.trainer.val_check_batch:  # this is where it validates now
             return taken
         due = (math.floor(done / (total * interval) + _ROUNDING) + 1) * total * interval
+        if due > total * (1 + _ROUNDING):  # not in this epoch any more
+            return limit + 1
         for size in self.sampler.sizes_ahead():
             if done >= due:
                 break
             done, taken = done + size, taken + 1
-        return min(limit, taken + max(0, math.ceil((due - done) / self.sampler.plan.micro - _ROUNDING)))
+        plan = self.sampler.plan
+        taken += max(0, math.ceil((due - done) / plan.micro - _ROUNDING))
+        return min(limit, -(-taken // plan.accumulation) * plan.accumulation)  # not within a window
 
     def _show_total(self, limit: int) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

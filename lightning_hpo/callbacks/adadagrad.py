@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -130,7 +131,7 @@ class AdaptiveBatchSize(MethodCallback):
         self._noise: GradientNoise | None = None
         self._scaled: ScaledStep | None = None
         self._window = AccumulationWindow()
-        self._window_ended = True
+        self._window_ended, self._total = True, 0
         self._parameters: list[Tensor] = []
         self._batch: Any = None
         self._losses: list[Tensor] = []
@@ -186,11 +187,16 @@ class AdaptiveBatchSize(MethodCallback):
         """Refuses what cannot work, all of it at once."""
         if stage != "fit":
             return
+        if trainer.global_step == 0:  # a checkpoint is read after this
+            self._forget()
         self.refuse_sharded_strategy(trainer)
         self.require_automatic_optimization(pl_module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rivals = [c for c in callbacks if isinstance(c, (BatchSizeFinder, GradientAccumulationScheduler))]
-        self.raise_all(f"`{type(c).__name__}` sets the batch size or accumulation, too; remove one." for c in rivals)
+        problems = [f"`{type(c).__name__}` sets the batch size or accumulation, too; remove one." for c in rivals]
+        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+            problems.append("`training_step(dataloader_iter)` draws its own batches; take `batch` instead.")
+        self.raise_all(problems)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,12 +204,16 @@ class AdaptiveBatchSize(MethodCallback):
         resumed = trainer.global_step > 0 and bool(self.batches)
         if not resumed:
             self._forget()
+        if not trainer.optimizers:
+            self.raise_all(["there is no optimizer; return one from `configure_optimizers`."])
         optimizer = trainer.optimizers[0]
         if isinstance(optimizer, torch.optim.LBFGS):
             self.raise_all(["`LBFGS` runs the closure several times a step; use an optimizer that takes one gradient."])
         self.controller.lr_scaling = self.lr_scaling or default_rule(optimizer)
         self._users_accumulation = trainer.accumulate_grad_batches
         self._parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        self._begin_window()
+        self._window_ended = True
         self._take_over_batches(trainer, resumed)
         self._watch(trainer, pl_module)
         self._scaled = ScaledStep(optimizer, self._step_settings)
@@ -219,12 +229,14 @@ class AdaptiveBatchSize(MethodCallback):
             self._accumulated.load_state_dict(self.batches)
         elif resumed and self._live:
             self._live.sampler.load_state_dict(_for_ranks(self.batches, before, ranks))
+            if not trainer.fit_loop.restarting:  # the same Trainer goes on, and begins an epoch
+                self._live.sampler.finish()
         elif self._live:  # where a checkpoint was written without us
             self._live.sampler.skip(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         if resumed and before != ranks:
             self._request(trainer)
-        if self._live:
-            self._live.restart(trainer.current_epoch)
+        if self._live and self._live.restart(trainer.current_epoch) and resumed:
+            self._end_epoch(trainer)  # of which the checkpoint was written before it could decide
 
     def _take_over_loader(self, trainer: Trainer) -> tuple[BatchPlan, int]:
         """The plan that training begins with, and the samples of an epoch, 0 if nobody knows."""
@@ -247,7 +259,7 @@ class AdaptiveBatchSize(MethodCallback):
             self.raise_all(["the number of training samples is unknown; set `max_batch_size`."])
         if wanted is not None and 0 < epoch < wanted:
             rank_zero_warn(f"`max_batch_size` is more than the {epoch} samples of an epoch, which is the limit.")
-        limit = min(wanted or max(first, epoch // _FEWEST_STEPS), epoch or math.inf)
+        limit = min(wanted or max(first, epoch // _FEWEST_STEPS), max(first, epoch) if epoch else math.inf)
         if limit < first:
             self.raise_all([f"`max_batch_size` is {limit}, but training begins with batches of {first}."])
         return int(limit)
@@ -290,8 +302,9 @@ class AdaptiveBatchSize(MethodCallback):
         self._window_ended = True
         if self._live and self._live.stale():  # the Trainer has asked for a new loader
             self.raise_all(loader_problems(trainer.train_dataloader))
-            before, self._live = self._live.sampler, LiveLoader(trainer)
-            self._live.sampler.follow(before)
+            before, self._live = self._live, LiveLoader(trainer)
+            self._live.sampler.follow(before.sampler)
+            before.release()
             self._live.restart(trainer.current_epoch)
         elif self._live:
             self._live.begin_epoch()
@@ -303,10 +316,10 @@ class AdaptiveBatchSize(MethodCallback):
             drawn = self._live.sampler.take()
             self._live.synchronize()
         else:
-            drawn = cast(AccumulatedBatches, self._accumulated).take(extract_batch_size(batch), batch_idx)
+            size = getattr(batch, "num_graphs", None) or extract_batch_size(batch)
+            drawn = cast(AccumulatedBatches, self._accumulated).take(size, batch_idx)
         if self._window_ended:
-            self._window.reset()
-            self._window_ended = False
+            self._begin_window()
             trainer.accumulate_grad_batches = drawn.accumulation
             if self._noise is not None:
                 due = self.controller.due(self.interval)
@@ -327,10 +340,10 @@ class AdaptiveBatchSize(MethodCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Makes the gradient a mean over the window's samples, reads its noise and decides on the next batch."""
         accumulation, window = trainer.accumulate_grad_batches, self._window
-        samples = window.samples * trainer.world_size
+        samples = self._window_samples(pl_module.device)
         window.finish(self._parameters, accumulation)
         full = len(window.sizes) == accumulation
-        reading = self._noise.read(window.sizes) if self._noise and full else None
+        reading = self._noise.read(window.sizes, samples) if self._noise and full else None
         self._decide(trainer)  # on what the step before has shown, whose numbers have long arrived
         if reading is not None:
             self.reading = {"values": reading.values, "samples": reading.samples, "batch_size": samples}
@@ -356,6 +369,19 @@ class AdaptiveBatchSize(MethodCallback):
             self._losses = []
         if self._live:
             self._live.synchronize()
+
+    def _begin_window(self) -> None:
+        self._window.reset()
+        self._window_ended, self._total = False, 0
+        self._losses, self._batch = [], None
+
+    def _window_samples(self, device: torch.device | str) -> int:
+        """Samples of the window over all ranks; ranks that draw from streams need not have the same."""
+        if not self._total and (self._live or self.ranks == 1):
+            self._total = self._window.samples * self.ranks
+        elif not self._total:
+            self._total = int(distributed.sum(torch.tensor(self._window.samples, device=device)).item())
+        return self._total
 
     # Deciding
 
@@ -407,13 +433,17 @@ class AdaptiveBatchSize(MethodCallback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decides, where the policy looks at whole epochs."""
+        self._end_epoch(trainer)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
         if self.policy.when == "epoch":
             self._take_in()
-            self._change(trainer)
+            if self.controller.undecided:
+                self._change(trainer)
             self.controller.end_epoch()
 
     def _step_settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        return self.controller.step_settings(group, self._window.samples * self.ranks)
+        return self.controller.step_settings(group, self._window_samples(group["params"][0].device))
 
     def _log(self, pl_module: LightningModule) -> None:
         plan, known = cast(BatchPlan, self._plan()), self.controller

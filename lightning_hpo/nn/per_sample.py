@@ -13,9 +13,25 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hpo.functional.batching.per_sample import Factors
 from lightning_hpo.functional.batching.per_sample_rules import layer_factors, layer_rule, parameter_rules
 
-__all__ = ["PerSampleGradients"]
+__all__ = ["PerSampleGradients", "compiled_modules"]
 
 _CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def compiled_modules(module: nn.Module) -> list[str]:
+    """Parts of a module that are compiled already, and so do not run hooks that are added to them.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Their names.
+
+    Example:
+        >>> compiled_modules(nn.Sequential(nn.Linear(1, 1)))
+        []
+    """
+    return [name or "the module itself" for name, part in module.named_modules() if _is_compiled(part)]
 
 
 class PerSampleGradients:
@@ -91,7 +107,7 @@ class PerSampleGradients:
         """
         if self._layers:
             raise RuntimeError("the hooks are attached already")
-        if compiled := [name or "the module itself" for name, m in self.module.named_modules() if _is_compiled(m)]:
+        if compiled := compiled_modules(self.module):
             raise RuntimeError(f"compiled modules do not run the hooks that are added to them: {', '.join(compiled)}")
         layers: dict[nn.Module, _Layer] = {}
         for name, owner, own_name, why in parameter_rules(self.module, frozen=True):
