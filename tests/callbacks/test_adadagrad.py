@@ -1,8 +1,10 @@
 """What is particular to AdaptiveBatchSize; what holds for every method is in `test_matrix.py`."""
 
+import contextlib
 import itertools
 import random
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -98,7 +100,7 @@ def validation(module):
 
 
 def run(callback, module=None, train=None, *others, epochs=2, ckpt_path=None, **arguments):
-    module, train = module or Regression(), train or loader()
+    module, train = module or Regression(), loader() if train is None else train
     callbacks = [*([] if callback is None else [callback]), *others]
     trainer = tiny_trainer(*callbacks, max_epochs=epochs, num_sanity_val_steps=0, **arguments)
     with warnings.catch_warnings():
@@ -598,3 +600,173 @@ def test_samples_that_cannot_be_told_apart_are_not_guessed_at(module):
     assert callback.controller.readings > 20
     with pytest.raises(RuntimeError, match="rows"):
         run(AdaptiveBatchSize(estimator="ghost"), module())
+
+
+# Trainers in all their ways
+
+
+def epoch_schedule(optimizer):
+    return {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), "interval": "epoch"}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("seed", range(12))
+def test_drop_last_loses_neither_validation_nor_schedule(seed, accumulation):
+    module = Regression(lr=1e-3, schedule=epoch_schedule)
+    train = loader(4, 107, drop_last=True)
+    _, trainer = run(erratic(seed, 32), module, train, epochs=3, accumulate_grad_batches=accumulation)
+    assert len(module.validated_after) == 3
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
+    assert len(module.seen) == sum(map(bool, module.seen))
+
+
+def test_a_second_fit_of_the_same_trainer_begins_an_epoch():
+    module, train = Regression(schedule=epoch_schedule), loader(4)
+    trainer = tiny_trainer(erratic(3, 16), max_steps=7, num_sanity_val_steps=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.fit(module, train, validation(module))
+        module.seen.clear()
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = trainer.current_epoch + 2, -1
+        trainer.fit(module, train, validation(module))
+    epochs, rest = divmod(sum(map(len, module.seen)), SAMPLES)
+    assert (epochs > 0, rest) == (True, 0)
+    assert sorted(itertools.chain(*module.seen)) == sorted(list(range(SAMPLES)) * epochs)
+
+
+@pytest.mark.parametrize("every", ["validation", "steps"])
+def test_resumes_from_what_validation_wrote(tmp_path, every):
+    how = {"save_on_train_epoch_end": False} if every == "validation" else {"every_n_train_steps": 1}
+
+    def fit(ckpt_path, *others):
+        torch.manual_seed(0)
+        module = Regression(lr=0.01, schedule=epoch_schedule)
+        callback = AdaptiveBatchSize(NoiseScale(), max_batch_size=48, max_micro_batch_size=16, smoothing=0.5)
+        _, trainer = run(callback, module, loader(4), *others, ckpt_path=ckpt_path, epochs=3)
+        return module, trainer
+
+    saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{step}", **how)
+    whole, trainer = fit(None, saver)
+    for path in sorted(tmp_path.iterdir()):
+        again, resumed = fit(path)
+        rest = len(again.seen)
+        assert rest == 0 or whole.seen[-rest:] == again.seen, path
+        assert torch.equal(whole.linear.weight, again.linear.weight), path
+        assert [o.param_groups[0]["lr"] for o in trainer.optimizers] == [
+            o.param_groups[0]["lr"] for o in resumed.optimizers
+        ], path
+
+
+def test_a_share_of_the_samples_survives_a_break(tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=1, filename="three")
+    module, _ = run(erratic(), Regression(lr=0.01), loader(4), saver, epochs=1, limit_train_batches=0.5)
+    assert sum(map(len, module.seen)) == SAMPLES // 2
+    again, _ = run(erratic(), Regression(lr=0.01), ckpt_path=tmp_path / "three.ckpt", epochs=3, limit_train_batches=0.5)
+    seen = sum(map(len, again.seen))
+    assert SAMPLES <= seen < 3 * SAMPLES // 2
+
+
+def test_a_cached_loader_that_is_asked_for_again():
+    class Cached(Regression):
+        def train_dataloader(self):
+            self.cached = getattr(self, "cached", None) or loader(16)
+            return self.cached
+
+    module = Cached(lr=0.01)
+    callback = erratic(4, 24)
+    trainer = tiny_trainer(callback, max_epochs=4, reload_dataloaders_every_n_epochs=1, num_sanity_val_steps=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.fit(module, val_dataloaders=validation(module))
+    indices = list(itertools.chain(*module.seen))
+    assert all(sorted(indices[e * SAMPLES : (e + 1) * SAMPLES]) == list(range(SAMPLES)) for e in range(4))
+    assert len(module.validated_after) == 4
+    assert type(module.cached.batch_sampler) is torch.utils.data.BatchSampler
+    assert module.cached.batch_sampler.batch_size == 16
+
+
+def test_validation_from_the_training_loader_is_noticed():
+    train = loader(4)
+    trainer = tiny_trainer(erratic(), max_epochs=1, val_check_interval=0.5, num_sanity_val_steps=0)
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(RuntimeError, match="something else iterates over the training loader"),
+    ):
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|shuffling enabled).*")
+        trainer.fit(Regression(), train, train)
+
+
+def test_an_interrupted_callback_goes_on_like_a_fresh_one(tmp_path):
+    def fit(callback, ckpt_path, *others):
+        torch.manual_seed(0)
+        module = Regression(lr=0.01)
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            run(callback, module, loader(4), *others, ckpt_path=ckpt_path, accumulate_grad_batches=4)
+        return module
+
+    saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=1, filename="two")
+    used = erratic(1)
+    fit(used, None, saver, Stop(10))
+    used.policy.source, fresh = random.Random(5), erratic(5)
+    first, second = fit(used, tmp_path / "two.ckpt"), fit(fresh, tmp_path / "two.ckpt")
+    assert first.seen == second.seen
+    assert torch.equal(first.linear.weight, second.linear.weight)
+
+
+def test_an_interval_longer_than_the_epoch_has_become_validates_at_its_end():
+    module, _ = run(
+        AdaptiveBatchSize(LinearRamp(increment=8, every=1, start=4), max_micro_batch_size=64, max_batch_size=60),
+        epochs=3,
+        val_check_interval=25,
+    )
+    assert len(module.validated_after) >= 3
+
+
+@pytest.mark.parametrize(("interval", "count"), [(0.3, 3), (0.75, 1), (0.5, 2)])
+def test_fractions_that_do_not_divide_an_epoch(interval, count):
+    module, _ = run(erratic(1, 16), epochs=2, val_check_interval=interval)
+    assert len(module.validated_after) == 2 * count
+
+
+def test_a_policy_of_epochs_decides_once_whenever_it_is_resumed(tmp_path):
+    def fit(ckpt_path, *others):
+        torch.manual_seed(0)
+        callback = AdaptiveBatchSize(DiveBatch(delta=8.0), max_batch_size=40, max_micro_batch_size=40)
+        return run(callback, Regression(lr=0.01), loader(4), *others, ckpt_path=ckpt_path, epochs=3)[0]
+
+    whole = fit(None, ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
+    for path in sorted(tmp_path.iterdir()):
+        again = fit(path)
+        assert not again.seen or whole.seen[-len(again.seen) :] == again.seen, path
+
+
+def test_compiled_parts_are_measured_otherwise():
+    class Compiled(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    callback = AdaptiveBatchSize(max_batch_size=16)
+    run(callback, Compiled())
+    assert callback.controller.readings > 10
+
+
+def test_streams_of_unequal_length_keep_ranks_together(tmp_path):
+    from lightning.pytorch.strategies import DDPStrategy
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            yield from (rows(47 + rank)[i] for i in range(47 + rank))
+
+    class Save(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save((callback.hyperparameters(), pl_module.linear.weight), tmp_path / f"{trainer.global_rank}.pt")
+
+    torch.set_num_threads(1)
+    callback = AdaptiveBatchSize(mode="accumulate", max_batch_size=64, smoothing=0.5)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    run(callback, Silent(lr=0.01), DataLoader(Stream(), 4), Save(), devices=2, strategy=strategy, epochs=3)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
