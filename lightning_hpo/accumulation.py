@@ -51,15 +51,20 @@ class AccumulationWindow:
             _scale_gradients(parameters, self.sizes[-1] / size)
         self.sizes.append(size)
 
-    def finish(self, parameters: Iterable[Tensor], accumulation: int) -> None:
+    def finish(
+        self, parameters: Iterable[Tensor], accumulation: int, last: float | None = None, samples: float | None = None
+    ) -> None:
         """Turns what has been accumulated into the gradient of the mean loss over all samples.
 
         Args:
             parameters: What holds the gradient.
             accumulation: Micro-batches by which each loss was divided.
+            last: Samples of the last micro-batch, where ranks differ those of all ranks; this rank's by default.
+            samples: Samples of the window, likewise. The gradient is then that of the ranks' mean losses.
         """
-        if self.sizes[-1] * accumulation != self.samples:
-            _scale_gradients(parameters, self.sizes[-1] * accumulation / self.samples)
+        last, samples = last or self.sizes[-1], samples or self.samples
+        if last * accumulation != samples:
+            _scale_gradients(parameters, last * accumulation / samples)
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ class AdaptiveBatchSize(MethodCallback):
         self._noise: GradientNoise | None = None
         self._scaled: ScaledStep | None = None
         self._window = AccumulationWindow()
-        self._window_ended, self._total = True, 0
+        self._window_ended, self._totals = True, (0, 0)
         self._parameters: list[Tensor] = []
         self._batch: Any = None
         self._losses: list[Tensor] = []
@@ -340,8 +340,8 @@ class AdaptiveBatchSize(MethodCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Makes the gradient a mean over the window's samples, reads its noise and decides on the next batch."""
         accumulation, window = trainer.accumulate_grad_batches, self._window
-        samples = self._window_samples(pl_module.device)
-        window.finish(self._parameters, accumulation)
+        last, samples = self._window_totals(pl_module.device)
+        window.finish(self._parameters, accumulation, last, samples)
         full = len(window.sizes) == accumulation
         reading = self._noise.read(window.sizes, samples) if self._noise and full else None
         self._decide(trainer)  # on what the step before has shown, whose numbers have long arrived
@@ -372,16 +372,22 @@ class AdaptiveBatchSize(MethodCallback):
 
     def _begin_window(self) -> None:
         self._window.reset()
-        self._window_ended, self._total = False, 0
+        self._window_ended, self._totals = False, (0, 0)
         self._losses, self._batch = [], None
 
-    def _window_samples(self, device: torch.device | str) -> int:
-        """Samples of the window over all ranks; ranks that draw from streams need not have the same."""
-        if not self._total and (self._live or self.ranks == 1):
-            self._total = self._window.samples * self.ranks
-        elif not self._total:
-            self._total = int(distributed.sum(torch.tensor(self._window.samples, device=device)).item())
-        return self._total
+    def _window_totals(self, device: torch.device | str) -> tuple[int, int]:
+        """Samples of the window's last micro-batch, and of all of them, over all ranks.
+
+        Ranks that draw from streams need not have the same numbers, but must all go on with the same ones.
+        """
+        if not self._totals[1]:
+            last, samples = self._window.sizes[-1], self._window.samples
+            if self._live or self.ranks == 1:
+                self._totals = (last * self.ranks, samples * self.ranks)
+            else:
+                last, samples = distributed.sum(torch.tensor([last, samples], device=device)).tolist()
+                self._totals = (last, samples)
+        return self._totals
 
     # Deciding
 
@@ -443,7 +449,7 @@ class AdaptiveBatchSize(MethodCallback):
             self.controller.end_epoch()
 
     def _step_settings(self, group: dict[str, Any]) -> dict[str, Any]:
-        return self.controller.step_settings(group, self._window_samples(group["params"][0].device))
+        return self.controller.step_settings(group, self._window_totals(group["params"][0].device)[1])
 
     def _log(self, pl_module: LightningModule) -> None:
         plan, known = cast(BatchPlan, self._plan()), self.controller

@@ -688,12 +688,10 @@ def test_a_cached_loader_that_is_asked_for_again():
 def test_validation_from_the_training_loader_is_noticed():
     train = loader(4)
     trainer = tiny_trainer(erratic(), max_epochs=1, val_check_interval=0.5, num_sanity_val_steps=0)
-    with (
-        warnings.catch_warnings(),
-        pytest.raises(RuntimeError, match="something else iterates over the training loader"),
-    ):
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not have many workers|shuffling enabled).*")
-        trainer.fit(Regression(), train, train)
+        with pytest.raises(RuntimeError, match="something else iterates over the training loader"):
+            trainer.fit(Regression(), train, train)
 
 
 def test_an_interrupted_callback_goes_on_like_a_fresh_one(tmp_path):
