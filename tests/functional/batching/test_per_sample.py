@@ -14,6 +14,9 @@ from lightning_hpo.functional.batching.per_sample import Factors, OuterFactors
 from lightning_hpo.functional.batching.per_sample_conv import ConvFactors, ConvGeometry
 from lightning_hpo.functional.batching.per_sample_rules import layer_factors, missing_rule, parameter_rules
 
+# torch says once a process that it pads by copying, in whichever test comes first.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 N = 5
 DOUBLE = {"dtype": torch.float64}
 
