@@ -47,7 +47,7 @@ class BatchController:
         self.samples = self.steps = self.skipped = self.readings = 0
         self.measured = 0  # batch size of the newest reading
         self.undecided = False  # whether there is a reading that no decision has seen
-        self.lr_factor = 1.0
+        self.lr_factor = 1.0  # of the latest step
 
     def begin(self, first: int, limit: int) -> None:
         """Starts, or goes on after a state was loaded.
@@ -184,7 +184,7 @@ class BatchController:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the bounds, in plain types."""
         counts = ("base", "wanted", "samples", "steps", "skipped", "readings", "measured", "undecided")
-        names = (*counts, "lr_factor", "statistics", "smoothed")
+        names = (*counts, "statistics", "smoothed")
         return {name: saved(getattr(self, name), name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

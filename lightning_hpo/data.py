@@ -107,10 +107,8 @@ class AdaptiveBatchSampler(BatchSampler):
         self._seed, self._epoch = int(torch.empty((), dtype=torch.int64).random_(2**32)), 0
         self._passes = 0
         self._own_state: Tensor | None = None  # of the sampler's own generator, when the epoch's order was drawn
-        self._resuming, self._fresh = (
-            False,
-            True,
-        )  # whether the next pass goes on where a state stood, or begins an epoch
+        self._resuming = False  # whether the next pass goes on where a state stood
+        self._fresh = True  # whether it begins an epoch
         self._taken = _START  # of this epoch
         self._ahead = _START  # of this epoch: drawn
 
@@ -199,8 +197,9 @@ class AdaptiveBatchSampler(BatchSampler):
         Where a last batch that is not full is left out, the last batches keep their size: a change would decide after
         the fact which batch was the last.
         """
-        aligned = batches % plan.accumulation == 0 and batches % following.accumulation == 0
-        return aligned and (batches == 0 or not self.drop_last or rest >= max(plan.micro, following.micro))
+        return plan.may_give_way(following, batches) and (
+            batches == 0 or not self.drop_last or rest >= max(plan.micro, following.micro)
+        )
 
     def _order(self) -> Iterator[int]:
         """The epoch's indices from the present position on.

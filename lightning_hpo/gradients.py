@@ -49,7 +49,9 @@ class GroupNorms:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.enabled = True
         self._norms: list[Tensor] = []
-        self._handles: list[RemovableHandle] = [p.register_hook(self._note) for p in parameters if p.requires_grad]
+        trained = [p for p in parameters if p.requires_grad]
+        self._device = trained[0].device if trained else torch.device("cpu")
+        self._handles: list[RemovableHandle] = [p.register_hook(self._note) for p in trained]
 
     def _note(self, gradient: Tensor) -> None:
         if self.enabled:
@@ -59,7 +61,9 @@ class GroupNorms:
     def take(self) -> Tensor:
         """The sum of squares over all parameters of the latest backward pass, a scalar in float64."""
         norms, self._norms = self._norms, []
-        return torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.double)
+        if not norms:
+            return torch.zeros((), dtype=torch.double, device=self._device)
+        return torch.stack([norm.double() for norm in norms]).square().sum()
 
     def clear(self) -> None:
         """Forgets what has been noted."""

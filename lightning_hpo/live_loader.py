@@ -84,18 +84,15 @@ class LiveLoader:
     def _combined(self) -> Any:
         return self._loop._combined_loader
 
-    def restart(self, epoch: int) -> bool:
+    def restart(self, epoch: int) -> None:
         """Begins the epoch's batches again, from where the sampler's state stands.
 
         The loader has been iterated over before the sampler was adopted, and its workers may have drawn batches.
 
         Args:
             epoch: Number of the epoch, for samplers that shuffle by it.
-
-        Returns:
-            Whether the state was that of an epoch's end, so that the next epoch begins.
         """
-        taken, over = self.sampler.batches_taken, self._is_over()
+        taken, over = self.sampler.batches_taken, self.is_over()
         for sampler in (self.loader.sampler, self.sampler.sampler):
             if callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
@@ -109,22 +106,21 @@ class LiveLoader:
             self._loop.max_batches = taken
             if isinstance(self.trainer.val_check_interval, float) and self.trainer.val_check_batch is not None:
                 self.trainer.val_check_batch = taken
-        return over
 
     def stale(self) -> bool:
         """Whether the Trainer has a new loader by now."""
-        combined: Any = self._loop._combined_loader
-        return combined.flattened[0] is not self.loader
+        return self._combined.flattened[0] is not self.loader
 
     def begin_epoch(self) -> None:
         """Counts the batches of an epoch that is about to begin, or to go on."""
-        if self._is_over():
+        if self.is_over():
             self.sampler.finish()
         limit = self._limit()
         self._combined.limits = [limit]
         self._set(limit)
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether all batches of an epoch have been taken."""
         return 0 < self.sampler.batches_taken >= self._limit()
 
     def synchronize(self) -> None:
@@ -226,7 +222,7 @@ class AccumulatedBatches:
             Its size and the accumulation that holds for it.
         """
         following = self._next_plan
-        if following and not batch_idx % self._plan.accumulation and not batch_idx % following.accumulation:
+        if following and self._plan.may_give_way(following, batch_idx):
             self._plan, self._next_plan = following, None
         return DrawnBatch(size, self._plan.accumulation)
 

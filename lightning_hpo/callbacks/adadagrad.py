@@ -124,6 +124,7 @@ class AdaptiveBatchSize(MethodCallback):
         self.controller = BatchController(self.policy, rule, self.growth, self.smoothing)
         self.ranks = 0
         self.reading: dict[str, Any] = {}  # of the last step, read when its successor is under way
+        self._arrival: torch.cuda.Event | None = None  # of the reading on the host
         self.previous_gradient: dict[str, Any] = {}
         self.batches: dict[str, Any] = {}  # state of the loader or of the accumulation
         self._live: LiveLoader | None = None
@@ -175,6 +176,7 @@ class AdaptiveBatchSize(MethodCallback):
         return super().state_dict()
 
     def _store(self) -> None:
+        self._await_reading()
         if source := self._live.sampler if self._live else self._accumulated:
             self.batches = source.state_dict()
         if self._noise is not None:
@@ -235,8 +237,10 @@ class AdaptiveBatchSize(MethodCallback):
             self._live.sampler.skip(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         if resumed and before != ranks:
             self._request(trainer)
-        if self._live and self._live.restart(trainer.current_epoch) and resumed:
-            self._end_epoch(trainer)  # of which the checkpoint was written before it could decide
+        if self._live:
+            if resumed and self._live.is_over():
+                self._end_epoch(trainer)  # the checkpoint may have been written before it could decide
+            self._live.restart(trainer.current_epoch)
 
     def _take_over_loader(self, trainer: Trainer) -> tuple[BatchPlan, int]:
         """The plan that training begins with, and the samples of an epoch, 0 if nobody knows."""
@@ -346,7 +350,8 @@ class AdaptiveBatchSize(MethodCallback):
         reading = self._noise.read(window.sizes, samples) if self._noise and full else None
         self._decide(trainer)  # on what the step before has shown, whose numbers have long arrived
         if reading is not None:
-            self.reading = {"values": reading.values, "samples": reading.samples, "batch_size": samples}
+            self.reading = {"samples": reading.samples, "batch_size": samples}
+            self._send("values", reading.values)
         self.controller.samples += samples
         self.controller.steps += 1
         for config in trainer.lr_scheduler_configs:
@@ -365,7 +370,7 @@ class AdaptiveBatchSize(MethodCallback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             self._window_ended = True
             if self._losses and self.reading:
-                self.reading["loss"] = distributed.mean(torch.stack(self._losses).mean())
+                self._send("loss", distributed.mean(torch.stack(self._losses).mean()))
             self._losses = []
         if self._live:
             self._live.synchronize()
@@ -391,6 +396,18 @@ class AdaptiveBatchSize(MethodCallback):
 
     # Deciding
 
+    def _send(self, name: str, value: Tensor) -> None:
+        """Starts the way of a reading to the host; a copy that is waited for would wait for the whole queue."""
+        self.reading[name] = value.to("cpu", non_blocking=True)
+        if value.is_cuda:
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(value.device))
+
+    def _await_reading(self) -> None:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+            self._arrival = None
+
     def _decide(self, trainer: Trainer) -> None:
         if self.policy.needs and not self.reading:
             return
@@ -399,6 +416,7 @@ class AdaptiveBatchSize(MethodCallback):
 
     def _take_in(self) -> bool:
         """Hands the last reading to the controller; True unless it was useless."""
+        self._await_reading()
         reading, self.reading = self.reading, {}
         if not reading:
             return True

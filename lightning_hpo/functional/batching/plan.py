@@ -35,6 +35,13 @@ class BatchPlan:
         """Samples of one optimizer step over all ranks: the batch size."""
         return ranks * self.accumulation * self.micro
 
+    def may_give_way(self, following: "BatchPlan", batches: int) -> bool:
+        """Whether another plan may begin after so many micro-batches of an epoch: at multiples of both accumulations.
+
+        Lightning clears gradients and steps by the number of the batch, so anywhere else windows would mix.
+        """
+        return batches % self.accumulation == 0 and batches % following.accumulation == 0
+
 
 def plan_for(
     batch_size: int,
