@@ -121,6 +121,12 @@ def test_resumes_to_the_index(make, stop, ahead):
     assert found + list(again) == expected
 
 
+def test_epochs_and_runs_are_shuffled_anew():
+    first, second = (AdaptiveBatchSampler(RandomSampler(range(50)), 5) for _ in range(2))
+    orders = [tuple(map(tuple, sampler)) for sampler in (first, first, second)]
+    assert len(set(orders)) == 3
+
+
 def test_a_checkpoint_of_a_longer_epoch_is_refused():
     sampler = AdaptiveBatchSampler(range(20), 4)
     for _ in zip(range(4), sampler, strict=False):
