@@ -1,0 +1,1 @@
+"""Derivatives of solutions: implicit differentiation, its linear solvers, and the hypergradients built on them."""
