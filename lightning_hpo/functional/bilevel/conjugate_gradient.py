@@ -21,8 +21,8 @@ def cg(
     r"""Conjugate gradients for a symmetric positive definite A.
 
     Stops where :math:`\|A x - b\| \le \mathrm{tol} \|b\|` and where a direction of negative curvature,
-    :math:`p^\top A p \le 0` up to rounding, is met: it then returns the iterate it has, with the flag. One product an iteration, and
-    one number read back to the host; none with ``tol=0``.
+    :math:`p^\top A p \le 0` up to rounding, is met: it then returns the iterate it has, with the flag. One product an
+    iteration, and one number read back to the host; none with ``tol=0``.
 
     Args:
         matvec: The map :math:`p \mapsto A p`, shape ``(d,)`` to ``(d,)``; the same function in every call.
@@ -149,5 +149,6 @@ def normal_cg(
         p = torch.addcmul(s, torch.where(running, ss / before, torch.zeros_like(ss)), p)
         running = running & unfinished(r, ss)
     whole = torch.where(start > 0, start, torch.ones_like(start))
-    answer, info = system.finish(x, (ss / whole).sqrt() if ridge else (r @ r).sqrt(), iterations)
-    return answer, info._replace(converged=info.converged | ~unfinished(r, ss))
+    residual = (ss / whole).sqrt() if ridge else torch.where(torch.isfinite(ss), r @ r, ss).sqrt()
+    answer, info = system.finish(x, residual, iterations)
+    return answer, info._replace(converged=info.converged | (torch.isfinite(ss) & ~unfinished(r, ss)))

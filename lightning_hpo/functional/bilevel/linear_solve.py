@@ -6,6 +6,7 @@ to 0 and returns a :class:`SolveInfo` whose entries stay on the device. Further 
 """
 
 from lightning_hpo.functional.bilevel.conjugate_gradient import cg, normal_cg
+from lightning_hpo.functional.bilevel.dense_solve import cholesky, inv, lu, qr
 from lightning_hpo.functional.bilevel.krylov import bicgstab, gmres
 from lightning_hpo.functional.bilevel.linear_system import LinearSolve, Matvec, SolveInfo
 from lightning_hpo.functional.bilevel.neumann import neumann, refinement
@@ -16,8 +17,12 @@ __all__ = [
     "SolveInfo",
     "bicgstab",
     "cg",
+    "cholesky",
     "gmres",
+    "inv",
+    "lu",
     "neumann",
     "normal_cg",
+    "qr",
     "refinement",
 ]

@@ -1,6 +1,6 @@
 """Nested structures of tensors as one vector."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,10 @@ class TreeLayout:
             parts = self.spec.flatten_up_to(tree)
         except ValueError as error:
             raise ValueError(f"{name} has another structure than expected: {error}") from error
-        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if not all(isinstance(part, Tensor) for part in parts):
+            wrong = sorted({type(part).__name__ for part in parts if not isinstance(part, Tensor)})
+            raise ValueError(f"{name} has another structure than expected: a tensor is wanted, got {', '.join(wrong)}")
+        shapes = [tuple(part.shape) for part in parts]
         expected = [tuple(shape) for shape in self.shapes]
         if shapes != expected:
             raise ValueError(f"{name} must have the shapes {expected}, got {shapes}")
@@ -109,10 +112,20 @@ class TreeLayout:
             The structure; views of the vector where no dtype changes.
         """
         pieces = vector.split(self.sizes)
-        shaped = [
-            piece.view(shape).to(dtype) for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)
-        ]
-        return pytree.tree_unflatten(shaped, self.spec)
+        return self.rebuild(
+            [piece.view(shape).to(dtype) for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)]
+        )
+
+    def rebuild(self, parts: Sequence[Any]) -> Tree:
+        """The structure with other leaves.
+
+        Args:
+            parts: Leaves in the order of the layout.
+
+        Returns:
+            The structure.
+        """
+        return pytree.tree_unflatten(list(parts), self.spec)
 
 
 def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
