@@ -24,7 +24,8 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "distributed"),
-    *("data", "live_loader", "accumulation", "gradients", "gradient_noise", "scaled_step", "batch_controller"),
+    *("data", "held_out", "live_loader", "accumulation", "gradients"),
+    *("gradient_noise", "scaled_step", "batch_controller"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -37,6 +38,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "stateless": (TORCH, L0),
     "distributed": (TORCH, L0),
     "data": (TORCH, L0),
+    "held_out": (TORCH, (*L0, "distributed")),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),
