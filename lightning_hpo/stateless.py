@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from lightning_hpo.functional.batching.vmap_statistics import PerSampleStatistics, per_sample_statistics
 from lightning_hpo.nn.per_sample import PerSampleGradients
 
-__all__ = ["PerSampleGradients", "PerSampleStatistics", "batch_mixing_layers", "loss_of", "per_sample_statistics"]
+__all__ = [
+    "PerSampleGradients",
+    "PerSampleStatistics",
+    "Recorder",
+    "batch_mixing_layers",
+    "call_step",
+    "loss_of",
+    "muted",
+    "per_sample_statistics",
+]
 
 
 def batch_mixing_layers(module: nn.Module) -> list[str]:
@@ -59,7 +68,7 @@ def loss_of(module: nn.Module, method: str = "training_step") -> Callable[..., T
     """
     if not callable(getattr(module, method, None)):
         raise ValueError(f"`{type(module).__name__}` has no method `{method}`")
-    step = _Step(_muted(module), method)
+    step = _Step(muted(module), method)
     expected = list(inspect.signature(getattr(module, method)).parameters)
     filling = (0,) if expected[1:2] == ["batch_idx"] else ()
 
@@ -95,13 +104,77 @@ class _Deaf(nn.Module):
     update = compute = reset = forward
 
 
-def _muted(module: nn.Module) -> nn.Module:
-    muted = object.__new__(type(module))
-    muted.__dict__.update(module.__dict__)
-    muted.__dict__.update(dict.fromkeys(("log", "log_dict", "print"), _nothing))
+class Recorder:
+    """Takes the place of a module's logging and keeps what is logged, gradients and all.
+
+    Attributes:
+        logged: What was logged, by name.
+
+    Example:
+        >>> recorder = Recorder()
+        >>> recorder.log("val_loss", torch.tensor(1.0), prog_bar=True)
+        >>> recorder.logged
+        {'val_loss': tensor(1.)}
+    """
+
+    def __init__(self) -> None:
+        self.logged: dict[str, Any] = {}
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Keeps one value."""
+        self.logged[name] = value
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Keeps several values."""
+        self.logged.update(dictionary)
+
+
+def muted(module: nn.Module, recorder: Recorder | None = None) -> nn.Module:
+    """A shallow copy of a module that logs and prints nothing and whose own metrics of torchmetrics count nothing.
+
+    Args:
+        module: The user's module.
+        recorder: What keeps that which would be logged; nothing does where None.
+
+    Returns:
+        A module with the same parameters, buffers, children and attributes.
+
+    Example:
+        >>> net = nn.Linear(1, 1)
+        >>> muted(net).weight is net.weight
+        True
+    """
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update(dict.fromkeys(("log", "log_dict", "print"), _nothing))
+    if recorder is not None:
+        copy.__dict__.update({"log": recorder.log, "log_dict": recorder.log_dict})
     children = {name: _Deaf() if _is_metric(child) else child for name, child in module._modules.items()}
-    muted.__dict__["_modules"] = children
-    return muted
+    copy.__dict__["_modules"] = children
+    return copy
+
+
+def call_step(module: nn.Module, method: str, batch: Any) -> Any:
+    """Calls ``training_step`` or its like; a second argument named ``batch_idx`` is 0.
+
+    Args:
+        module: The module.
+        method: Name of the method.
+        batch: What it is given.
+
+    Returns:
+        What it returns.
+
+    Example:
+        >>> class Net(nn.Linear):
+        ...     def training_step(self, batch, batch_idx):
+        ...         return batch + batch_idx
+        >>> call_step(Net(1, 1), "training_step", 5)
+        5
+    """
+    step = getattr(module, method)
+    expected = list(inspect.signature(step).parameters)
+    return step(batch, 0) if expected[1:2] == ["batch_idx"] else step(batch)
 
 
 def _is_metric(module: nn.Module | None) -> bool:

@@ -23,7 +23,7 @@ TORCH = {"torch", "typing_extensions"}
 LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics", "timm"}
 L0 = ("functional", "nn")
 L1 = (
-    *("frozen", "hyper", "state", "stateless", "distributed"),
+    *("frozen", "hyper", "state", "stateless", "module_losses", "distributed"),
     *("data", "held_out", "live_loader", "accumulation", "gradients"),
     *("gradient_noise", "scaled_step", "batch_controller"),
 )
@@ -39,6 +39,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "distributed": (TORCH, L0),
     "data": (TORCH, L0),
     "held_out": (TORCH, (*L0, "distributed")),
+    "module_losses": (TORCH, (*L0, "hyper", "stateless")),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),
