@@ -17,7 +17,7 @@ from lightning_hpo.functional.bilevel.problem import (
     scalar,
     wide_dtype,
 )
-from lightning_hpo.functional.bilevel.second_derivatives import naming_the_remedy
+from lightning_hpo.functional.bilevel.second_derivatives import naming_the_remedy, require_whole_graph
 from lightning_hpo.functional.bilevel.trees import TreeLayout
 
 __all__ = ["forward"]
@@ -109,6 +109,7 @@ def _gradient_tangents(
         value = scalar(loss(at.params, at.hparams), "train_loss")
         found = torch.autograd.grad(value, inputs, create_graph=True, allow_unused=True)
         gradient = at.vector(dict(zip(at.params, found, strict=False)))
+        require_whole_graph(gradient)
         slopes = dict(zip(at.hparams, found[len(at.params) :], strict=True))
         filled = {name: torch.zeros_like(at.hparams[name]) if s is None else s for name, s in slopes.items()}
         slope = TreeLayout(at.hparams).ravel(filled, dtype=units.dtype)

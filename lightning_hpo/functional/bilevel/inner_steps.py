@@ -108,7 +108,7 @@ def advance(problem: Problem, loss: Loss, moment: Moment, hparams: Tensors, opti
         Where the next step begins.
     """
     point = Point(moment.params, hparams)
-    gradient, _ = point.gradient(loss, "train_loss", hparams=False)
+    gradient, _ = point.gradient(lambda params, _: loss(params, hparams), "train_loss", hparams=False)
     with torch.no_grad():
         return Moment(*optimizer(moment.params, point.unravel(problem.reduce(gradient)), moment.states, hparams))
 

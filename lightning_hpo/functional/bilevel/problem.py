@@ -161,6 +161,7 @@ class Point:
         params: bool = True,
         hparams: bool = True,
         keep: bool = False,
+        required: str = "",
     ) -> tuple[Tensor, Partial]:
         """The product of a cotangent with the Jacobian of outputs: a vector for the parameters, and hyperparameters.
 
@@ -170,15 +171,21 @@ class Point:
             params: Whether the parameters are wanted; otherwise they get zeros.
             hparams: Whether the hyperparameters are wanted; otherwise they get None.
             keep: Whether the graph is used again.
+            required: What to call the outputs in an error if no parameter reaches them; no error where empty.
 
         Returns:
             The vector, and by name the parts for the hyperparameters, None where they do not reach the outputs.
+
+        Raises:
+            ValueError: If parameters are wanted and required, and none reaches the outputs.
         """
         inputs = [*(self.params.values() if params else ()), *(self.hparams.values() if hparams else ())]
         found: tuple[Tensor | None, ...] = (None,) * len(inputs)
-        if outputs.requires_grad:
+        if inputs and outputs.requires_grad:
             found = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=keep, allow_unused=True)
         first, rest = found[: len(found) - len(self.hparams) * hparams], found[len(self.params) * params :]
+        if required and params and all(part is None for part in first):
+            raise ValueError(f"{required} does not depend on params: is it computed from the dict that it is given?")
         by_name = dict(zip(self.params, first, strict=True)) if params else dict.fromkeys(self.params)
         by_hyper = dict(zip(self.hparams, rest, strict=True)) if hparams else dict.fromkeys(self.hparams)
         return self.vector(by_name), by_hyper
@@ -196,10 +203,11 @@ class Point:
             As for :meth:`pull_back`.
 
         Raises:
-            ValueError: If the loss is not a scalar, or depends on nothing here.
+            ValueError: If the loss is not a scalar, or does not depend on the parameters.
         """
         with torch.enable_grad():
-            return self.pull_back(scalar(loss(self.params, self.hparams), name), params=params, hparams=hparams)
+            value = scalar(loss(self.params, self.hparams), name)
+        return self.pull_back(value, params=params, hparams=hparams, required=name)
 
 
 def hypergradient(
@@ -268,9 +276,7 @@ def scalar(value: Tensor, name: str) -> Tensor:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must return a scalar tensor, got {shape}")
     if not value.requires_grad:
-        raise ValueError(
-            f"{name} depends on neither params nor hparams: is it computed from the dicts that it is given?"
-        )
+        raise ValueError(f"{name} depends on neither params nor hparams: is it computed from the dicts it is given?")
     return value.reshape(())
 
 

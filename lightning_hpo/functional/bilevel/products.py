@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hpo.functional.bilevel.linear_system import norm
 from lightning_hpo.functional.bilevel.problem import Loss, Partial, Point, Problem, scalar
-from lightning_hpo.functional.bilevel.second_derivatives import naming_the_remedy
+from lightning_hpo.functional.bilevel.second_derivatives import naming_the_remedy, require_whole_graph
 
 __all__ = [
     "Product",
@@ -136,6 +136,7 @@ class _Exact:
             else:
                 found = problem.residual(point.params, point.hparams)
                 self.graph = point.layout.ravel(found, "residual(params, hparams)", point.dtype)
+            require_whole_graph(self.graph)
         self._linear: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SecondDerivativesMissingError", "naming_the_remedy", "second_derivatives_missing"]
+from torch import Tensor
+
+__all__ = ["SecondDerivativesMissingError", "naming_the_remedy", "require_whole_graph", "second_derivatives_missing"]
 
 
 class SecondDerivativesMissingError(RuntimeError):
@@ -37,6 +39,36 @@ def second_derivatives_missing(error: BaseException) -> bool:
         or "double backwards is not supported" in message
         or "once_differentiable" in message
     )
+
+
+def require_whole_graph(gradient: Tensor) -> None:
+    """Refuses a gradient through a function that is marked as differentiable once.
+
+    Its error sits beside the way to the parameters, where ``torch.autograd.grad`` never looks: curvature would be
+    silently missing. Visits each node of the graph once, on the host.
+
+    Args:
+        gradient: A gradient with a graph, or without.
+
+    Raises:
+        RuntimeError: If there is such a function, with torch's words.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> require_whole_graph(3 * weight**2)
+    """
+    nodes = [gradient.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        nodes.extend(new)
 
 
 @contextmanager
