@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from lightning_hpo.functional.bilevel.implicit_function import ImplicitFunction, attach, check_solve
+from lightning_hpo.functional.bilevel.implicit_function import ImplicitFunction, attach, black_box, check_solve
 from lightning_hpo.functional.bilevel.linear_solve import LinearSolve, SolveInfo, normal_cg
-from lightning_hpo.functional.bilevel.trees import Tree, TreeLayout, leaves, tree_map
+from lightning_hpo.functional.bilevel.trees import Arguments, Tree, TreeLayout, leaves, tree_map
 
 __all__ = [
     "check_solve",
@@ -18,51 +19,6 @@ __all__ = [
     "root_jvp",
     "root_vjp",
 ]
-
-
-class Arguments:
-    """Several structures theta as one list of tensors.
-
-    Args:
-        theta: The structures.
-
-    Raises:
-        TypeError: If a leaf is not a floating point tensor; all are listed.
-    """
-
-    def __init__(self, theta: Sequence[Tree]) -> None:
-        wrong = []
-        self.layouts = []
-        self.tensors: list[Tensor] = []
-        for index, argument in enumerate(theta):
-            parts = leaves(argument, f"theta argument {index}")
-            wrong += [f"{index}: {part.dtype}" for part in parts if not part.is_floating_point()]
-            self.layouts.append(TreeLayout(argument))
-            self.tensors += parts
-        if wrong:
-            raise TypeError(
-                f"theta must be floating point, got argument {', '.join(wrong)}; what is not differentiated, as data "
-                "with integer labels, belongs into the function itself (a closure or functools.partial)"
-            )
-
-    def merge(self, tensors: Sequence[Any]) -> tuple[Tree, ...]:
-        """The structures again, of other tensors in the same order."""
-        rest, merged = list(tensors), []
-        for layout in self.layouts:
-            count = len(layout.shapes)
-            merged.append(layout.rebuild(rest[:count]))
-            rest = rest[count:]
-        return tuple(merged)
-
-    def split(self, tangents: Sequence[Tree | None]) -> list[Tensor | None]:
-        """One tangent a tensor, from one structure or None an argument."""
-        if len(tangents) != len(self.layouts):
-            raise ValueError(f"expected one tangent for each of {len(self.layouts)} arguments, got {len(tangents)}")
-        found: list[Tensor | None] = []
-        for index, (layout, tangent) in enumerate(zip(self.layouts, tangents, strict=True)):
-            nothing: list[Tensor | None] = [None] * len(layout.shapes)
-            found += nothing if tangent is None else layout.parts(tangent, f"the tangent of argument {index}")
-        return found
 
 
 def on_vectors(optimality: Callable[..., Tree], layout: TreeLayout, arguments: Arguments) -> Callable[..., Tensor]:
@@ -122,7 +78,7 @@ def root_vjp(
         raise ValueError("no argument is needed: there is nothing to differentiate")
     layout, arguments = TreeLayout(x), Arguments(theta)
     wanted = [True] * len(theta) if needed is None else list(needed)
-    spread = [want for want, part in zip(wanted, arguments.layouts, strict=True) for _ in part.shapes]
+    spread = [want for want, part in zip(wanted, arguments.layouts, strict=True) if part for _ in part.shapes]
     point = layout.ravel(x)
     v = layout.ravel(cotangent, "the cotangent", point.dtype)
     function = ImplicitFunction(on_vectors(optimality, layout, arguments), solve)
@@ -187,8 +143,8 @@ def implicit_root(
     r"""Makes a solver of :math:`F(x, \theta) = 0` differentiable in :math:`\theta`, whatever it does inside.
 
     Works with ``loss.backward()``, ``torch.autograd.grad``, ``torch.func.grad``, ``torch.func.jvp`` and compositions of
-    them: derivatives of derivatives follow from the same theorem. The solver is called with detached arguments, so that
-    it records nothing; the initial point gets no gradient.
+    them: derivatives of derivatives follow from the same theorem. The solver is a black box, called with plain detached
+    tensors: it may train with ``backward`` or leave torch. The initial point gets no gradient.
 
     Args:
         optimality: The mapping F, ``F(x, *theta)`` in the structure and the shapes of ``x``; of torch operations, and
@@ -202,7 +158,8 @@ def implicit_root(
         report: Called with the :class:`~lightning_hpo.functional.bilevel.linear_system.SolveInfo` of every derivative.
 
     Returns:
-        The function ``(init, *theta) -> x``, or ``(x, aux)``; each theta is a structure of floating point tensors.
+        The function ``(init, *theta) -> x``, or ``(x, aux)``; each theta is a structure of floating point tensors, or
+        None.
 
     Raises:
         TypeError: When called, if a tensor of theta is not of floating point.
@@ -241,21 +198,36 @@ def implicit_root(
     @functools.wraps(run, updated=())
     def differentiable(init: Tree, *theta: Tree) -> Any:
         arguments = Arguments(theta)
-        fixed = arguments.merge([part.detach() for part in arguments.tensors])
-        result = run(detached(init), *fixed)
-        x, aux = result if has_aux else (result, None)
-        if any(part.grad_fn is not None for part in leaves(x, "the solution")):
-            warnings.warn(
-                "the solver's output carries a graph of its own, which is cut: the derivatives are those of the "
-                "implicit function (implicit_diff=False differentiates the solver's steps instead)",
-                stacklevel=2,
-            )
-        layout = TreeLayout(x)
+        starts, spec = pytree.tree_flatten(init)
+        tensors = [leaf for leaf in starts if isinstance(leaf, Tensor)]
+        found: list[Any] = []
+
+        def call(*plain: Tensor) -> Tensor:
+            given = iter(plain)
+            start = pytree.tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in starts], spec)
+            result = run(start, *arguments.merge(list(given)))
+            x, aux = result if has_aux else (result, None)
+            warn_of_graph(x)
+            found[:] = TreeLayout(x), aux
+            return found[0].ravel(x)
+
+        vector = black_box(call, *tensors, *arguments.tensors)
+        layout, aux = found
         function = ImplicitFunction(on_vectors(optimality, layout, arguments), solve, check)
-        solution = layout.unravel(attach(layout.ravel(detached(x)), function, *arguments.tensors))
+        solution = layout.unravel(attach(vector, function, *arguments.tensors))
         return (solution, detached(aux)) if has_aux else solution
 
     return differentiable
+
+
+def warn_of_graph(x: Tree) -> None:
+    """Warns where a solver recorded its steps although it got detached arguments."""
+    if any(part.grad_fn is not None for part in leaves(x, "the solution")):
+        warnings.warn(
+            "the solver's output carries a graph of its own, which is cut: the derivatives are those of the implicit "
+            "function (implicit_diff=False differentiates the solver's steps instead)",
+            stacklevel=6,
+        )
 
 
 def implicit_fixed_point(

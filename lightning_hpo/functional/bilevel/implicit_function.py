@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hpo.functional.bilevel.linear_system import LinearSolve, SolveInfo
 
-__all__ = ["ImplicitFunction", "attach", "check_solve"]
+__all__ = ["ImplicitFunction", "attach", "black_box", "both_products", "check_solve"]
 
 
 def check_solve(info: SolveInfo, strict: bool = False, stacklevel: int = 1) -> None:
@@ -49,18 +49,18 @@ def check_solve(info: SolveInfo, strict: bool = False, stacklevel: int = 1) -> N
 def both_products(
     function: Callable[..., Tensor], *at: Tensor
 ) -> tuple[Callable[[Tensor], Any], Callable[..., Tensor]]:
-    r"""Products with the transposed Jacobian and with the Jacobian; the function runs once.
+    r"""Products with the transposed Jacobian and with the Jacobian.
 
-    The second transposes the first, which is linear: forward-mode rules, which some operations lack and which do not
-    nest in :func:`torch.autograd.forward_ad.dual_level`, are not needed.
+    The second uses forward mode. Where that is not to be had, for an operation without a rule or inside of
+    :func:`torch.autograd.forward_ad.dual_level`, which does not nest, it transposes the first, which is linear.
 
     Args:
         function: From tensors to a tensor.
         at: Where to differentiate.
 
     Returns:
-        :math:`q \mapsto J^\top q`, a tensor for one argument and a tuple for several, and :math:`p \mapsto J p` with a
-        direction for each argument.
+        The map :math:`q \mapsto J^\top q`, which gives a tensor for one argument and a tuple for several, and the map
+        :math:`p \mapsto J p`, which takes a direction for each argument.
 
     Example:
         >>> pull, push = both_products(lambda x: torch.stack([x[0], x[0] * x[1]]), torch.tensor([2.0, 3.0]))
@@ -68,13 +68,16 @@ def both_products(
         (tensor([3., 2.]), tensor([1., 3.]))
     """
     value, pull = torch.func.vjp(function, *at)[:2]
-    transposed = None
+    forward_mode = True
 
     def push(*directions: Tensor) -> Tensor:
-        nonlocal transposed
-        if transposed is None:  # on demand: many solvers want one of both products only
-            transposed = torch.func.vjp(pull, torch.zeros_like(value))[1]
-        return transposed(directions)[0]
+        nonlocal forward_mode
+        if forward_mode:
+            try:
+                return torch.func.jvp(function, at, directions)[1]
+            except RuntimeError:  # NotImplementedError, of a missing rule, is one
+                forward_mode = False
+        return torch.func.vjp(pull, torch.zeros_like(value))[1](directions)[0]
 
     return (lambda q: pull(q)[0]) if len(at) == 1 else pull, push
 
@@ -189,6 +192,46 @@ class ImplicitFunction:
         return (
             attach(dx, replace(self, optimality=residual), x, *theta, *full) if torch.is_grad_enabled() else dx
         ), info
+
+
+class BlackBox(torch.autograd.Function):
+    """A call that sees plain tensors, whatever transform is at work outside, and has no derivative."""
+
+    @staticmethod
+    def forward(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        with torch.enable_grad():  # a solver may train
+            return run(*(tensor.detach() for tensor in tensors)).detach().clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # noqa: ARG004
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: ARG004
+        return None
+
+
+def black_box(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Calls a function of plain tensors from inside of any transform of :mod:`torch.func`; the result is a constant.
+
+    Args:
+        run: From tensors to a tensor; it may leave torch, call ``backward`` or train.
+        tensors: Its arguments.
+
+    Returns:
+        Its result.
+
+    Example:
+        >>> def root(a):
+        ...     return torch.from_numpy(a.numpy() ** 0.5)
+        >>> torch.func.jvp(lambda a: a * black_box(root, a), (torch.tensor([4.0]),), (torch.tensor([1.0]),))
+        (tensor([8.]), tensor([2.]))
+    """
+    return BlackBox.apply(run, *(tensor.detach() for tensor in tensors))
 
 
 class Attach(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Tree", "TreeLayout", "leaves", "ravel", "tree_map", "vdot"]
+__all__ = ["Arguments", "Tree", "TreeLayout", "leaves", "ravel", "tree_map", "vdot"]
 
 Tree = Any  # a tensor, or dicts, lists, tuples and named tuples of trees
 
@@ -126,6 +126,78 @@ class TreeLayout:
             The structure.
         """
         return pytree.tree_unflatten(list(parts), self.spec)
+
+
+class Arguments:
+    """Several structures theta as one list of tensors.
+
+    Args:
+        theta: The structures; None stands for an argument that is not there.
+
+    Raises:
+        TypeError: If a leaf is not a floating point tensor; all are listed.
+
+    Example:
+        >>> arguments = Arguments([{"a": torch.ones(1)}, None, torch.zeros(2)])
+        >>> len(arguments.tensors), arguments.merge([torch.ones(1), torch.ones(2)])
+        (2, ({'a': tensor([1.])}, None, tensor([1., 1.])))
+    """
+
+    def __init__(self, theta: Sequence[Tree]) -> None:
+        wrong = []
+        self.layouts: list[TreeLayout | None] = []
+        self.tensors: list[Tensor] = []
+        for index, argument in enumerate(theta):
+            if argument is None:
+                self.layouts.append(None)
+                continue
+            parts = leaves(argument, f"theta argument {index}")
+            wrong += [f"{index}: {part.dtype}" for part in parts if not part.is_floating_point()]
+            self.layouts.append(TreeLayout(argument))
+            self.tensors += parts
+        if wrong:
+            raise TypeError(
+                f"theta must be floating point, got argument {', '.join(wrong)}; what is not differentiated, as data "
+                "with integer labels, belongs into the function itself (a closure or functools.partial)"
+            )
+
+    def merge(self, tensors: Sequence[Any]) -> tuple[Tree, ...]:
+        """The structures again, of other tensors in the same order.
+
+        Args:
+            tensors: As many as there are in the structures.
+
+        Returns:
+            One structure an argument.
+        """
+        rest, merged = list(tensors), []
+        for layout in self.layouts:
+            count = len(layout.shapes) if layout else 0
+            merged.append(layout.rebuild(rest[:count]) if layout else None)
+            rest = rest[count:]
+        return tuple(merged)
+
+    def split(self, tangents: Sequence[Tree | None]) -> list[Tensor | None]:
+        """One tangent a tensor.
+
+        Args:
+            tangents: For each argument a structure like it, or None.
+
+        Returns:
+            For each tensor its tangent, or None.
+
+        Raises:
+            ValueError: If number, structure or shapes differ.
+        """
+        if len(tangents) != len(self.layouts):
+            raise ValueError(f"expected one tangent for each of {len(self.layouts)} arguments, got {len(tangents)}")
+        found: list[Tensor | None] = []
+        for index, (layout, tangent) in enumerate(zip(self.layouts, tangents, strict=True)):
+            if layout is None:
+                continue
+            nothing: list[Tensor | None] = [None] * len(layout.shapes)
+            found += nothing if tangent is None else layout.parts(tangent, f"the tangent of argument {index}")
+        return found
 
 
 def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
