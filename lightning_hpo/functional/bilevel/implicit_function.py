@@ -30,14 +30,14 @@ def check_solve(info: SolveInfo, strict: bool = False, stacklevel: int = 1) -> N
         >>> _, info = cg(lambda p: torch.tensor([1.0, 100.0]) * p, torch.ones(2), maxiter=1)
         >>> check_solve(info, strict=True)
         Traceback (most recent call last):
-        RuntimeError: the linear solve of a derivative did not converge: relative residual 9.8e-01 after 1 ...
+        RuntimeError: a linear solve did not converge: relative residual 9.8e-01 after 1 ...
     """
     iterations, residual, converged, negative = torch.stack([entry.double() for entry in info]).tolist()
     if converged:
         return
     met = ", stopped by negative curvature (the system is not positive definite)" if negative else ""
     message = (
-        f"the linear solve of a derivative did not converge: relative residual {residual:.1e} after {iterations:.0f} "
+        f"a linear solve did not converge: relative residual {residual:.1e} after {iterations:.0f} "
         f"iterations{met}; a singular or badly conditioned system needs a ridge or solve=normal_cg, otherwise raise "
         "maxiter or tol"
     )
