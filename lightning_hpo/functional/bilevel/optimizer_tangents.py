@@ -1,0 +1,158 @@
+r"""How the settings of an optimizer move the parameters: one step, and steps carried along.
+
+For settings :math:`\lambda` of an optimizer whose training goes on as it is, the slope of a validation loss is
+:math:`\langle \nabla L_{val}(w_t), Z_t \rangle` with :math:`Z_t = d w_t / d\lambda`. Z follows the steps,
+
+.. math::
+
+    Z_{t+1} = (\partial_w T)\, \rho Z_t + (\partial_g T)\, \nabla^2 L_t\, \rho Z_t + (\partial_s T)\, \dot s_t
+    + \partial_\lambda T
+
+with the derivatives :math:`\dot s_t` of the optimizer's states, which follow it likewise. With the Hessian term and
+:math:`\rho = 1` that is :func:`~lightning_hpo.functional.bilevel.forward_mode.forward`, exact. Without it nothing but
+the optimizer's own numbers is needed, and :math:`\rho` stands in for the forgetting that the curvature would do.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.functional.bilevel.optimizer_steps import Number, State, Step
+
+__all__ = ["Tangent", "carry", "step_gradients"]
+
+Tangent = dict[str, Tensor]  # "param", and the slots of the optimizer's state
+
+
+def step_gradients(
+    step: Step,
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    names: tuple[str, ...],
+    cotangent: Tensor,
+) -> dict[str, Tensor]:
+    r"""One step's slopes :math:`\langle c, \partial w' / \partial\lambda \rangle` in settings of the optimizer.
+
+    Args:
+        step: One of :mod:`~lightning_hpo.functional.bilevel.optimizer_steps`.
+        param: The parameter before the step.
+        grad: Its gradient.
+        state: Its state before the step.
+        settings: The settings of the step.
+        names: Which settings, for example ``("lr", "weight_decay", "beta1")``.
+        cotangent: c, for example the validation gradient after the step.
+
+    Returns:
+        A scalar for each name.
+
+    Raises:
+        ValueError: If a name is not a setting.
+
+    Example:
+        >>> from lightning_hpo.functional.bilevel.optimizer_steps import sgd
+        >>> weight, grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])
+        >>> settings = {"lr": 0.1, "weight_decay": 0.5}
+        >>> step_gradients(sgd, weight, grad, {}, settings, ("lr", "weight_decay"), torch.ones(2))
+        {'lr': tensor(-4.5000), 'weight_decay': tensor(-0.3000)}
+    """
+    values = tuned(settings, names, param)
+    with torch.enable_grad():
+        leaves = {name: value.requires_grad_() for name, value in values.items()}
+        new, _ = step(param.detach(), grad.detach(), state, **{**settings, **leaves})
+        found = torch.autograd.grad(new, list(leaves.values()), cotangent.to(new.dtype), allow_unused=True)
+    zero = torch.zeros((), dtype=param.dtype, device=param.device)
+    return {name: zero if slope is None else slope for name, slope in zip(names, found, strict=True)}
+
+
+def carry(
+    step: Step,
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    name: str,
+    tangent: Mapping[str, Tensor] | None = None,
+    *,
+    memory: float = 1.0,
+    curvature: Tensor | None = None,
+) -> Tangent:
+    r"""The derivative of a parameter and its state in one setting, carried through one step.
+
+    Which form for which setting? Measured on a network trained with stochastic gradients, against the exact derivative
+    over 10, 50 and 200 steps; see the tests.
+
+    Args:
+        step: One of :mod:`~lightning_hpo.functional.bilevel.optimizer_steps`.
+        param: The parameter before the step.
+        grad: Its gradient.
+        state: Its state before the step.
+        settings: The settings of the step.
+        name: Which of them.
+        tangent: What the call before returned; None at the start.
+        memory: :math:`\rho`, how much of the parameter's tangent is kept; that of the state is kept in full, since the
+            optimizer itself forgets it.
+        curvature: The product of the Hessian with ``memory * tangent["param"]``; without it curvature counts as 0.
+
+    Returns:
+        ``{"param": Z}`` and the tangents of the state's slots after the step.
+
+    Raises:
+        ValueError: If the name is not a setting, or ``memory`` is not from 0 to 1.
+
+    Example:
+        >>> from lightning_hpo.functional.bilevel.optimizer_steps import sgd
+        >>> settings, weight, grad = {"lr": 0.1, "weight_decay": 0.5}, torch.tensor([1.0]), torch.tensor([0.0])
+        >>> once = carry(sgd, weight, grad, {}, settings, "weight_decay")
+        >>> twice = carry(sgd, weight, grad, {}, settings, "weight_decay", once)
+        >>> once["param"], twice["param"]
+        (tensor([-0.1000]), tensor([-0.1950]))
+    """
+    if not 0 <= memory <= 1:
+        raise ValueError(f"memory must be from 0 to 1, got {memory!r}")
+    (value,) = tuned(settings, (name,), param).values()
+    slots = {slot: number for slot, number in state.items() if isinstance(number, Tensor)}
+    before = {slot: _kept(tangent, slot, number) for slot, number in slots.items()}
+    moved = torch.zeros_like(grad) if curvature is None else curvature.to(grad.dtype)
+
+    def stepped(param: Tensor, grad: Tensor, state: State, value: Tensor) -> tuple[Tensor, State]:
+        return step(param, grad, state, **{**settings, name: value})
+
+    primals = (param.detach(), grad.detach(), slots, value)
+    tangents = (memory * _kept(tangent, "param", param), moved, before, torch.ones_like(value))
+    with torch.no_grad():
+        new_param, new_slots = torch.func.jvp(stepped, primals, tangents)[1]
+    return {"param": new_param, **new_slots}
+
+
+def tuned(settings: Mapping[str, Any], names: tuple[str, ...], like: Tensor) -> dict[str, Tensor]:
+    """Settings as scalar tensors beside a parameter.
+
+    Args:
+        settings: Settings of a step.
+        names: Which of them.
+        like: The parameter.
+
+    Returns:
+        Detached scalars by name.
+
+    Raises:
+        ValueError: If a name is not a number among the settings.
+    """
+    numbers: dict[str, Number] = {
+        name: value
+        for name, value in settings.items()
+        if isinstance(value, (float, int, Tensor)) and not isinstance(value, bool)
+    }
+    unknown = [name for name in names if name not in numbers]
+    if unknown:
+        raise ValueError(f"{unknown} are not settings with a slope; there are {sorted(numbers)}")
+    return {name: torch.as_tensor(numbers[name], dtype=like.dtype, device=like.device).detach() for name in names}
+
+
+def _kept(tangent: Mapping[str, Tensor] | None, slot: str, like: Tensor) -> Tensor:
+    known = tangent is not None and slot in tangent and slot != "step"
+    return tangent[slot] if tangent is not None and known else torch.zeros_like(like)
