@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.adadagrad import AdaptiveBatchSize
     from lightning_hpo.callbacks.base import MethodCallback
     from lightning_hpo.callbacks.diffrate import TokenCompression
+    from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
     from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
     from lightning_hpo.callbacks.report import HyperparameterReport
     from lightning_hpo.data import AdaptiveBatchSampler
@@ -61,6 +62,7 @@ __all__ = [
     "Choice",
     "CoordinateTest",
     "DiveBatch",
+    "Hypergradient",
     "HyperparameterReport",
     "HyperparameterSet",
     "InnerProductTest",
@@ -104,6 +106,7 @@ _HOME = {
     "Choice": "hyper",
     "CoordinateTest": "functional.batching.policies",
     "DiveBatch": "functional.batching.policies",
+    "Hypergradient": "callbacks.implicit_differentiation",
     "HyperparameterReport": "callbacks.report",
     "HyperparameterSet": "hyper",
     "InnerProductTest": "functional.batching.policies",

@@ -22,7 +22,8 @@ class HeldOutBatches:
     whatever the number of ranks: the batches of all ranks together are those that one process would draw with as many
     times the batch size. An incomplete last batch is left out. Loaders with a sampler of their own, over streams, and
     other iterables are read as they are; each rank takes every so many batches, and going on after a restart reads
-    them up to where it stood. None of training's random numbers is used up.
+    them up to where it stood. None of training's random numbers is used up. The position counts samples of all ranks,
+    batches where the loader is read as it is.
 
     Args:
         seed: Decides the order.
@@ -34,7 +35,7 @@ class HeldOutBatches:
         >>> [samples.tolist() for _ in range(3) for samples in next(batches)]
         [[0.0, 1.0], [3.0, 2.0], [1.0, 3.0]]
         >>> batches.state_dict()
-        {'epoch': 1, 'position': 1}
+        {'epoch': 1, 'position': 2}
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -76,8 +77,11 @@ class HeldOutBatches:
             batch = self._draw(self._loader)
         if batch is _OVER:
             raise ValueError("the held-out loader has no batch for each rank, or can be read only once")
-        self.position += 1
+        self.position += self._step()
         return batch
+
+    def _step(self) -> int:
+        return distributed.world_size() if self._order is None else self._order.joined
 
     def _draw(self, loader: Iterable[Any]) -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -94,7 +98,7 @@ class HeldOutBatches:
             return iter(loader)
         ranks, rank = distributed.world_size(), distributed.rank()
         own = (batch for index, batch in enumerate(loader) if index % ranks == rank)
-        for position in range(self.position):
+        for position in range(0, self.position, ranks):
             self._seed(position)
             next(own, None)
         return own
@@ -104,7 +108,7 @@ class HeldOutBatches:
         torch.default_generator.manual_seed((self.seed + self.epoch) * 2**32 + position)
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and position of the next batch."""
+        """Epoch and position of the next batch, for any number of ranks and any batch size."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -122,18 +126,18 @@ class _Order(Sampler[list[int]]):
 
     def __init__(self, samples: int, batch_size: int, seed: int) -> None:
         self.samples, self.seed = samples, seed
-        self.epoch = self.first = 0
+        self.epoch = self.first = 0  # the first sample
         self.batch_size = min(batch_size, samples // distributed.world_size())
         if not self.batch_size:
             raise ValueError(f"{samples} held-out samples are not one for each of {distributed.world_size()} ranks")
+        self.joined = self.batch_size * distributed.world_size()  # samples that all ranks draw at a time
 
     @override
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.samples, generator=generator)
-        joined = self.batch_size * distributed.world_size()
-        for start in range(self.first * joined, self.samples - joined + 1, joined):
-            yield order[start + distributed.rank() : start + joined : distributed.world_size()].tolist()
+        for start in range(self.first, self.samples - self.joined + 1, self.joined):
+            yield order[start + distributed.rank() : start + self.joined : distributed.world_size()].tolist()
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:

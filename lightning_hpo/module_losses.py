@@ -128,11 +128,11 @@ class ModuleLosses:
 
         return loss
 
-    def val(self, batch: Any) -> PureLoss:
-        """The validation loss on a batch.
+    def val(self, batches: Sequence[Any]) -> PureLoss:
+        """The validation loss over some batches, each with the same weight.
 
         Args:
-            batch: A batch on the module's device.
+            batches: Batches on the module's device.
 
         Returns:
             The loss as a function of parameters and raw hyperparameters.
@@ -140,12 +140,16 @@ class ModuleLosses:
 
         def loss(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
             with torch.random.fork_rng(devices=_devices(params)), self.context(), evaluated(self.module):
-                if self._val_loss is not None:
-                    return _scalar(self._call(self._val_loss, params, hparams, batch)[0], "validation loss")
-                found, logged = self._call(_step(self.module, "validation_step"), params, hparams, batch)
-                return _scalar(self._choose(found, logged), "validation loss")
+                values = [self._score(params, hparams, batch) for batch in batches]
+                return torch.stack([_scalar(value, "validation loss") for value in values]).mean()
 
         return loss
+
+    def _score(self, params: Mapping[str, Tensor], hparams: Mapping[str, Tensor], batch: Any) -> Any:
+        if self._val_loss is not None:
+            return self._call(self._val_loss, params, hparams, batch)[0]
+        found, logged = self._call(_step(self.module, "validation_step"), params, hparams, batch)
+        return self._choose(found, logged)
 
     def _choose(self, returned: Any, logged: Mapping[str, Any]) -> Tensor:
         if self._val_name is not None and self._val_name not in logged:

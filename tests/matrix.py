@@ -7,7 +7,16 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from lightning_hpo import AdaptiveBatchSize, MethodCallback, MicroBatchFinder, NormTest, TokenCompression
+from lightning_hpo import (
+    AdaptiveBatchSize,
+    Hypergradient,
+    HyperparameterSet,
+    MethodCallback,
+    MicroBatchFinder,
+    NormTest,
+    TokenCompression,
+    UnitInterval,
+)
 from lightning_hpo.testing import TinyClassifier, TinyImages
 
 EVERYTHING = frozenset(
@@ -65,6 +74,21 @@ class PlainImages(TinyImages):
         return DataLoader(self.train_set, self.batch_size, sampler=super().train_dataloader().sampler)
 
 
+class Smoothed(TinyClassifier):
+    """A loss with a hyperparameter: how much labels are smoothed."""
+
+    def __init__(self):
+        super().__init__()
+        self.hypers = HyperparameterSet(smoothing=UnitInterval(0.3))
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        logits = self(images)
+        share = self.hypers["smoothing"]
+        right = torch.nn.functional.cross_entropy(logits, labels)
+        return (1 - share) * right - share * logits.log_softmax(1).mean()
+
+
 ONCE = "it searches once, before training, and nothing moves afterwards; its own tests look at this"
 
 
@@ -72,6 +96,22 @@ ONCE = "it searches once, before training, and nothing moves afterwards; its own
 CASES = [
     Case("TokenCompression", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3)),
     Case("TokenCompression-joint", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3, freeze=False)),
+    Case(
+        "Hypergradient-decay",
+        "implicit_differentiation",
+        lambda: Hypergradient(tune=("weight_decay",), every_n_steps=2, lr=0.3),
+    ),
+    Case(
+        "Hypergradient-lr",
+        "implicit_differentiation",
+        lambda: Hypergradient(tune=("lr", "momentum"), every_n_steps=3, lr=0.1),
+    ),
+    Case(
+        "Hypergradient-loss",
+        "implicit_differentiation",
+        lambda: Hypergradient(every_n_steps=2, lr=0.3),
+        Smoothed,
+    ),
     # Batches double up to the cap, so that one process, two ranks and two micro-batches lay out the same batches.
     Case(
         "AdaptiveBatchSize",

@@ -37,7 +37,7 @@ def test_every_sample_once_an_epoch_in_a_new_order(workers):
 def test_the_last_short_batch_is_left_out():
     batches = attached(numbers(samples=7, batch_size=3))
     assert [len(batch) for batch in drawn(batches, 6)] == [3] * 6
-    assert batches.state_dict() == {"epoch": 2, "position": 2}
+    assert batches.state_dict() == {"epoch": 2, "position": 6}
     assert [len(batch) for batch in drawn(attached(numbers(samples=2, batch_size=3)), 2)] == [2, 2]
 
 
@@ -54,6 +54,20 @@ def test_the_ranks_together_draw_what_one_process_draws(ranks, monkeypatch):
         assert Counter(joined) == Counter(chain(*of_ranks))
     with pytest.raises(ValueError, match="1 held-out samples are not one for each"):
         attached(numbers(samples=1))
+
+
+def test_a_position_holds_for_other_batches_and_ranks(monkeypatch):
+    whole = attached(numbers(samples=24, batch_size=4))
+    drawn(whole, 3)
+    state, rest = whole.state_dict(), drawn(whole, 3)
+    small = attached(numbers(samples=24, batch_size=2))
+    small.load_state_dict(state)
+    assert list(chain(*drawn(small, 6))) == list(chain(*rest))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    second = attached(numbers(samples=24, batch_size=2))
+    second.load_state_dict(state)
+    assert drawn(second, 3) == [batch[1::2] for batch in rest]
 
 
 class Stream(IterableDataset):
