@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.hyper import Choice, HyperparameterSet, Integer, Interval, Positive, Simplex, UnitInterval
     from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
     from lightning_hpo.models.diffrate import TokenCompressionMixin
+    from lightning_hpo.models.implicit_differentiation import BilevelMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "AdaptiveBatchSize",
     "AdaptiveBatchSizeMixin",
     "AugmentedTest",
+    "BilevelMixin",
     "Choice",
     "CoordinateTest",
     "DiveBatch",
@@ -94,6 +96,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "BilevelMixin": "models.implicit_differentiation",
     "CABS": "functional.batching.policies",
     "PUBLISHED_SCHEDULES": "functional.compression.schedule",
     "AdaGradNorm": "functional.optim.adagrad_norm",

@@ -29,6 +29,7 @@ from lightning_hpo.tuned_optimizer import TunedOptimizer
 __all__ = ["Hypergradient"]
 
 _FOLLOWING = ("unrolled", "truncated", "forward", "es", "pes")  # estimators that take the optimizer's steps
+_ITERATIVE = ("ift_cg", "ift_normal_cg", "ift_gmres", "ift_bicgstab", "ift_neumann")
 _USELESS = 10  # hypergradients in a row that are not finite, after which training ends
 _CHEAP: dict[str, dict[str, Any]] = {"ift_cg": {"maxiter": 5, "tol": 0.0}, "unrolled": {"steps": 1}}
 
@@ -174,14 +175,14 @@ class Hypergradient(MethodCallback):
     @override
     def hyperparameters(self) -> dict[str, float | list[float]]:
         """The values by name."""
-        found: dict[str, float | list[float]] = {}
-        for label, part in self._named_sets().items():
-            found |= {f"{label}.{name}" if label else name: value for name, value in part.numbers().items()}
-        return found
-
-    def _named_sets(self) -> dict[str, HyperparameterSet]:
-        sets = {**self._sets, **({"": self.hypers} if self.hypers is not None and not self._sets else {})}
-        return {**sets, **({"optimizer" if sets else "": self.tuned} if self.tuned is not None else {})}
+        sets = self._all_sets()
+        if self.hypers is not None and not sets:
+            sets = {"": self.hypers}
+        return {
+            f"{label}.{name}" if len(sets) > 1 else name: value
+            for label, part in sets.items()
+            for name, value in part.numbers().items()
+        }
 
     # Around training
 
@@ -324,7 +325,7 @@ class Hypergradient(MethodCallback):
         else:
             self.useless, self.carried = 0, result.state
             self._step(gradients, norm)
-        values = {f"{name}": value.float().mean() for name, value in self._values().items()}
+        values = {name: _mean(value) for name, value in self.hyperparameters().items()}
         info = {"residual": result.info.residual.float()} if result.info is not None else {}
         self.log_values(pl_module, {**values, **info, "hypergradient_norm": norm})
 
@@ -356,7 +357,7 @@ class Hypergradient(MethodCallback):
         extra = {"product": kind} if takes_product else {}
         if takes_product and kind == "exact":
             problem = replace(problem, train_loss=_twice_differentiable(train))
-        quiet = {"strict": None} if name.startswith("ift_") and "strict" not in settings else {}
+        quiet = {"strict": None} if name in _ITERATIVE and "strict" not in settings else {}
 
         def run(**product: str) -> HypergradientResult:
             carried = self.carried or None
@@ -396,15 +397,6 @@ class Hypergradient(MethodCallback):
         if self.useless >= _USELESS:
             self.raise_all([f"{_USELESS} hypergradients in a row were not finite; lower `lr`, or give `max_norm`."])
 
-    def _values(self) -> dict[str, Tensor]:
-        sets = self._all_sets()
-        many = len(sets) > 1
-        return {
-            f"{label}.{name}" if many else name: value
-            for label, part in sets.items()
-            for name, value in part.values().items()
-        }
-
     # The end
 
     @override
@@ -441,6 +433,10 @@ def _twice_differentiable(loss: PureLoss) -> PureLoss:
             return loss(params, hparams)
 
     return explicit
+
+
+def _mean(value: float | list[float]) -> float:
+    return value if isinstance(value, float) else sum(value) / len(value)
 
 
 def _whole(value: object, least: int) -> bool:
