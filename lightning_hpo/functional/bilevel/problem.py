@@ -186,9 +186,10 @@ class Point:
         first, rest = found[: len(found) - len(self.hparams) * hparams], found[len(self.params) * params :]
         if required and params and all(part is None for part in first):
             raise ValueError(f"{required} does not depend on params: is it computed from the dict that it is given?")
-        by_name = dict(zip(self.params, first, strict=True)) if params else dict.fromkeys(self.params)
         by_hyper = dict(zip(self.hparams, rest, strict=True)) if hparams else dict.fromkeys(self.hparams)
-        return self.vector(by_name), by_hyper
+        if not params:
+            return torch.zeros(self.layout.size, dtype=self.dtype, device=outputs.device), by_hyper
+        return self.vector(dict(zip(self.params, first, strict=True))), by_hyper
 
     def gradient(self, loss: Loss, name: str, *, params: bool = True, hparams: bool = True) -> tuple[Tensor, Partial]:
         """Gradients of a loss at this point: a vector for the parameters, and by name for the hyperparameters.

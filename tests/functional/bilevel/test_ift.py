@@ -204,3 +204,15 @@ def test_a_hyperparameter_that_only_scales_the_loss_has_no_influence() -> None:
     problem = Problem(lambda w, h: h["scale"] * ((w["w"] - 1) ** 2).sum(), lambda w, h: (w["w"] ** 2).sum())
     found: Tensor = ift_cg(problem, {"w": torch.ones(3)}, {"scale": torch.tensor(2.0)}).gradients["scale"]
     assert found == 0
+
+
+def test_a_tiny_validation_loss_does_not_underflow() -> None:
+    goal = torch.tensor(3.0)
+    problem = Problem(
+        lambda w, h: (torch.tensor([1.0, 2.0, 5.0]) * (w["w"] - h["goal"]) ** 2).sum(),
+        lambda w, h: 1e-25 * (w["w"] * torch.tensor([1.0, 2.0, 3.0])).sum(),
+    )
+    for name in ("ift_cg", "ift_normal_cg", "ift_gmres", "ift_bicgstab", "ift_exact", "ift_neumann"):
+        settings = {"steps": 500, "alpha": 0.1} if name == "ift_neumann" else {}
+        found = ESTIMATORS[name](problem, {"w": torch.ones(3)}, {"goal": goal}, **settings).gradients["goal"]
+        torch.testing.assert_close(found * 1e25, torch.tensor(6.0), rtol=1e-4, atol=0.0)

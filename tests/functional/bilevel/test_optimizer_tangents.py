@@ -98,6 +98,40 @@ def test_momentum_multiplies_what_one_step_shows() -> None:
     torch.testing.assert_close(tangent["param"], torch.tensor([-1.0]))  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("step", "settings"),
+    [
+        (sgd, {"lr": 0.002, "momentum": 0.9, "weight_decay": 0.01}),
+        (adamw, {"lr": 0.02, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.01}),
+    ],
+)
+def test_weight_decay_needs_a_long_memory(ridge: Any, step: Any, settings: dict[str, Any]) -> None:
+    """While training is on its way, one step knows the direction and a small part of the length; carried, both."""
+    hparams = {"weight_decay": torch.tensor(0.01, dtype=torch.float64)}
+    problem = Problem(
+        lambda w, h: ridge.problem.train_loss(w, ridge.hparams), lambda w, h: ridge.problem.val_loss(w, ridge.hparams)
+    )
+    optimizer = functional_optimizer(step, **{**settings, "weight_decay": "weight_decay"})
+    start = {name: torch.zeros_like(value) for name, value in ridge.params.items()}
+    truth = forward(problem, start, hparams, steps=50, optimizer=optimizer).gradients["weight_decay"]
+    params, states, tangents, alone = start, {}, {}, {}
+    for _ in range(50):
+        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        found = torch.autograd.grad(problem.train_loss(leaves, {}), list(leaves.values()))
+        grads = dict(zip(leaves, found, strict=True))
+        inputs = {name: (step, params[name], grads[name], states.get(name, {}), settings) for name in params}
+        alone = {name: carry(*given, "weight_decay") for name, given in inputs.items()}
+        tangents = {
+            name: carry(*given, "weight_decay", tangents.get(name), memory=0.99) for name, given in inputs.items()
+        }
+        params, states = step_all(step, params, grads, states, **settings)
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    v = dict(zip(leaves, torch.autograd.grad(problem.val_loss(leaves, {}), list(leaves.values())), strict=True))
+    one_step, carried = (sum((v[key] * z[key]["param"]).sum() for key in v) / truth for z in (alone, tangents))
+    assert 0 < one_step < 0.1
+    assert 0.5 < carried < 2
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_of_torch_with_its_own_state(kind: Any) -> None:
     """The slope of the loss after the next step, against two optimizers that differ a little."""

@@ -195,3 +195,12 @@ def test_other_errors_stay_themselves(error: Exception, missing: bool) -> None:
 
     with pytest.raises(SecondDerivativesMissingError if missing else type(error)):
         products(Problem(loss, loss), Point({"w": torch.ones(1)}, {"a": torch.ones(1)}))
+
+
+def test_exact_products_are_one_fixed_map_even_with_dropout() -> None:
+    """A linear solver breaks on a map that changes; the graph is built once, so dropout is drawn once."""
+    loss: Loss = lambda w, h: (h["a"] * F.dropout(w["w"], 0.5) ** 2).sum()  # noqa: E731
+    second = products(Problem(loss, loss), Point({"w": torch.ones(50)}, {"a": torch.tensor(1.0)}))
+    first = second.push(torch.ones(50))
+    assert 0 < (first == 0).sum() < 50
+    assert torch.equal(first, second.push(torch.ones(50)))
