@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_hpo.functional.bilevel.implicit_function import ImplicitFunction, attach, black_box, check_solve
+from lightning_hpo.functional.bilevel.implicit_function import ImplicitFunction, attach, check_solve
 from lightning_hpo.functional.bilevel.linear_solve import LinearSolve, SolveInfo, normal_cg
+from lightning_hpo.functional.bilevel.transforms import black_box
 from lightning_hpo.functional.bilevel.trees import Arguments, Tree, TreeLayout, leaves, tree_map
 
 __all__ = [
@@ -144,7 +145,8 @@ def implicit_root(
 
     Works with ``loss.backward()``, ``torch.autograd.grad``, ``torch.func.grad``, ``torch.func.jvp`` and compositions of
     them: derivatives of derivatives follow from the same theorem. The solver is a black box, called with plain detached
-    tensors: it may train with ``backward`` or leave torch. The initial point gets no gradient.
+    tensors: it may train with ``backward`` or leave torch. Under :func:`torch.func.vmap`, which ``jacfwd`` uses, it
+    runs once for each element. The initial point gets no gradient.
 
     Args:
         optimality: The mapping F, ``F(x, *theta)`` in the structure and the shapes of ``x``; of torch operations, and
@@ -208,11 +210,13 @@ def implicit_root(
             result = run(start, *arguments.merge(list(given)))
             x, aux = result if has_aux else (result, None)
             warn_of_graph(x)
-            found[:] = TreeLayout(x), aux
-            return found[0].ravel(x)
+            found.append((TreeLayout(x), aux))
+            return found[0][0].ravel(x, "the solution")
 
         vector = black_box(call, *tensors, *arguments.tensors)
-        layout, aux = found
+        if has_aux and len(found) > 1:
+            raise NotImplementedError("auxiliary outputs cannot be batched: has_aux does not go with torch.func.vmap")
+        layout, aux = found[0]
         function = ImplicitFunction(on_vectors(optimality, layout, arguments), solve, check)
         solution = layout.unravel(attach(vector, function, *arguments.tensors))
         return (solution, detached(aux)) if has_aux else solution

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_hpo.functional.bilevel.linear_system import LinearSolve, SolveInfo
+from lightning_hpo.functional.bilevel.transforms import Constant, both_products
 
-__all__ = ["ImplicitFunction", "attach", "black_box", "both_products", "check_solve"]
+__all__ = ["ImplicitFunction", "attach", "check_solve"]
 
 
 def check_solve(info: SolveInfo, strict: bool = False, stacklevel: int = 1) -> None:
@@ -46,42 +47,6 @@ def check_solve(info: SolveInfo, strict: bool = False, stacklevel: int = 1) -> N
     warnings.warn(message, stacklevel=stacklevel + 1)
 
 
-def both_products(
-    function: Callable[..., Tensor], *at: Tensor
-) -> tuple[Callable[[Tensor], Any], Callable[..., Tensor]]:
-    r"""Products with the transposed Jacobian and with the Jacobian.
-
-    The second uses forward mode. Where that is not to be had, for an operation without a rule or inside of
-    :func:`torch.autograd.forward_ad.dual_level`, which does not nest, it transposes the first, which is linear.
-
-    Args:
-        function: From tensors to a tensor.
-        at: Where to differentiate.
-
-    Returns:
-        The map :math:`q \mapsto J^\top q`, which gives a tensor for one argument and a tuple for several, and the map
-        :math:`p \mapsto J p`, which takes a direction for each argument.
-
-    Example:
-        >>> pull, push = both_products(lambda x: torch.stack([x[0], x[0] * x[1]]), torch.tensor([2.0, 3.0]))
-        >>> pull(torch.tensor([0.0, 1.0])), push(torch.tensor([1.0, 0.0]))
-        (tensor([3., 2.]), tensor([1., 3.]))
-    """
-    value, pull = torch.func.vjp(function, *at)[:2]
-    forward_mode = True
-
-    def push(*directions: Tensor) -> Tensor:
-        nonlocal forward_mode
-        if forward_mode:
-            try:
-                return torch.func.jvp(function, at, directions)[1]
-            except RuntimeError:  # NotImplementedError, of a missing rule, is one
-                forward_mode = False
-        return torch.func.vjp(pull, torch.zeros_like(value))[1](directions)[0]
-
-    return (lambda q: pull(q)[0]) if len(at) == 1 else pull, push
-
-
 @dataclass(frozen=True)
 class ImplicitFunction:
     r"""The function :math:`x^\star(\theta)` given by :math:`F(x^\star(\theta), \theta) = 0`, near one root.
@@ -112,15 +77,20 @@ class ImplicitFunction:
         Returns:
             The solution, and how the solve went.
         """
-        x, fixed = x.detach(), [part.detach() for part in theta]
+        infos: list[SolveInfo] = []
 
-        def at(point: Tensor) -> Tensor:
-            return self.optimality(point, *fixed)
+        def run(b: Tensor, x: Tensor, *theta: Tensor) -> Tensor:
+            pull, push = both_products(lambda point: self.optimality(point, *theta), x)
+            work = torch.promote_types(x.dtype, torch.float32)  # short types are too coarse for inner products
+            matvec, rmatvec = (pull, push) if transposed else (push, pull)
+            solution, info = self.solve(
+                lambda p: matvec(p.to(x.dtype)).to(work), b.to(work), rmatvec=lambda q: rmatvec(q.to(x.dtype)).to(work)
+            )
+            infos.append(info)
+            return solution.to(b.dtype)
 
-        pull, push = both_products(at, x)
-        matvec, rmatvec = (pull, push) if transposed else (push, pull)
-        solution, info = self.solve(matvec, b.detach(), rmatvec=rmatvec)
-        return solution.detach(), info
+        solution = Constant.apply(run, *(part.detach() for part in (b, x, *theta))).detach()
+        return solution, infos[0] if len(infos) == 1 else max(infos, key=lambda info: float(info.residual))
 
     def adjoint(self, x: Tensor, theta: Sequence[Tensor], v: Tensor) -> tuple[Tensor, SolveInfo]:
         r"""The solution of :math:`A^\top u = v`, differentiable in everything by the same theorem.
@@ -194,48 +164,10 @@ class ImplicitFunction:
         ), info
 
 
-class BlackBox(torch.autograd.Function):
-    """A call that sees plain tensors, whatever transform is at work outside, and has no derivative."""
-
-    @staticmethod
-    def forward(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        with torch.enable_grad():  # a solver may train
-            return run(*(tensor.detach() for tensor in tensors)).detach().clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:  # noqa: ARG004
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:  # noqa: ARG004
-        return None
-
-
-def black_box(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Calls a function of plain tensors from inside of any transform of :mod:`torch.func`; the result is a constant.
-
-    Args:
-        run: From tensors to a tensor; it may leave torch, call ``backward`` or train.
-        tensors: Its arguments.
-
-    Returns:
-        Its result.
-
-    Example:
-        >>> def root(a):
-        ...     return torch.from_numpy(a.numpy() ** 0.5)
-        >>> torch.func.jvp(lambda a: a * black_box(root, a), (torch.tensor([4.0]),), (torch.tensor([1.0]),))
-        (tensor([8.]), tensor([2.]))
-    """
-    return BlackBox.apply(run, *(tensor.detach() for tensor in tensors))
-
-
 class Attach(torch.autograd.Function):
     """Identity on a root that a solver found, with the derivatives of the implicit function."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, function: ImplicitFunction, *theta: Tensor) -> Tensor:  # noqa: ARG004

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_hpo.functional.bilevel.implicit_function import black_box
+from lightning_hpo.functional.bilevel.transforms import black_box
 
 __all__ = ["isotonic_l2"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_hpo.functional.bilevel.dense_solve import lu
 from lightning_hpo.functional.bilevel.implicit_differentiation import implicit_root
-from lightning_hpo.functional.bilevel.implicit_function import both_products
 from lightning_hpo.functional.bilevel.linear_system import LinearSolve
+from lightning_hpo.functional.bilevel.transforms import both_products
 from lightning_hpo.functional.bilevel.trees import Tree, TreeLayout, tree_map
 
 __all__ = [

@@ -82,6 +82,7 @@ def test_isotonic_regression(increasing: bool) -> None:
     torch.testing.assert_close(isotonic_l2(p, increasing), p)
     function = lambda x: isotonic_l2(x, increasing)  # noqa: E731
     assert torch.autograd.gradcheck(function, x.clone().requires_grad_(), check_forward_ad=True)
+    torch.testing.assert_close(torch.func.vmap(function)(x), p)
     same = (p[0][:, None] - p[0]).abs() < 1e-12
     jacobian = torch.autograd.functional.jacobian(function, x[0])
     torch.testing.assert_close(jacobian, same.double() / same.sum(1, keepdim=True))

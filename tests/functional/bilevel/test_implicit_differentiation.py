@@ -130,6 +130,44 @@ def test_second_derivatives_with_iterative_solvers_and_several_arguments() -> No
     assert torch.autograd.gradgradcheck(outer, (theta, scale))
 
 
+def test_jacobians_and_batches_of_problems() -> None:
+    def by_numpy(init: Tensor, theta: Tensor) -> Tensor:
+        return torch.from_numpy(ridge_solver(init, theta).numpy().copy())  # sees plain tensors, inside of any transform
+
+    solution = implicit_root(ridge_gradient, by_numpy, solve=partial(cg, tol=1e-12))
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(lambda theta: solution(INIT, theta))(THETA), ridge_jacobian())
+    thetas = torch.stack([THETA, 2 * THETA])
+    batch = torch.func.vmap(lambda theta: solution(INIT, theta))(thetas)
+    torch.testing.assert_close(batch, torch.stack([ridge_solver(INIT, theta) for theta in thetas]))
+    gradients = torch.func.vmap(torch.func.grad(lambda theta: solution(INIT, theta).sum()))(thetas)
+    torch.testing.assert_close(gradients[0], ridge_jacobian().sum(0))
+    aux = implicit_root(ridge_gradient, lambda init, theta: (by_numpy(init, theta), 3), has_aux=True)
+    with pytest.raises(NotImplementedError, match="has_aux does not go with"):
+        torch.func.vmap(lambda theta: aux(INIT, theta)[0])(thetas)
+
+
+def test_operations_without_forward_mode_or_in_short_types() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+    theta = torch.tensor([8.0, 27.0], requires_grad=True)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        root = implicit_root(lambda x, t: Cube.apply(x) - t, lambda init, t: torch.tensor([2.0, 3.0]).to(t.dtype))
+        (gradient,) = torch.autograd.grad(root(None, theta.to(dtype)).sum(), theta)
+        torch.testing.assert_close(gradient, torch.tensor([1 / 12, 1 / 27]), rtol=tolerance, atol=0)
+
+
 def test_structures_for_x_and_for_theta() -> None:
     def optimality(x, theta, shift):
         return {"a": [theta["p"] * x["a"][0] - x["b"]], "b": x["b"] - theta["q"] ** 2 - shift}
