@@ -82,8 +82,24 @@ def carry(
 ) -> Tangent:
     r"""The derivative of a parameter and its state in one setting, carried through one step.
 
-    Which form for which setting? Measured on a network trained with stochastic gradients, against the exact derivative
-    over 10, 50 and 200 steps; see the tests.
+    Curvature forgets: an exact Z keeps about :math:`1 - \eta h` of itself in a step of size :math:`\eta` (of SGD with
+    momentum :math:`\eta / (1 - \mu)`) along a direction of curvature h. Without ``curvature``, ``memory`` must say so,
+    one number for all directions. Measured against the exact derivative over 10, 50 and 200 steps, on a network of 1200
+    weights with 300 noisy digits in batches of 50, 8 seeds:
+
+    - Adam and AdamW, lr 0.003: with ``memory=0.99`` the learning rate has 0.6 to 0.9 of the exact slope and weight
+      decay 1.0 to 1.2, every sign right. One step alone has 10, 2 and -1 % for the learning rate (its sign is chance
+      after 200 steps) and 10 to 0.2 % for weight decay. ``beta1`` has the right sign in 60 to 90 % of cases.
+    - SGD with momentum 0.9 while its steps are small (lr 0.005): 0.5 to 1.0 for learning rate, weight decay and
+      momentum alike, 71 of 72 signs right; one step alone has 14 to 0.5 % for the learning rate, 4 to 0.05 % for the
+      others.
+    - The same with large steps (lr 0.05), which swing from wall to wall: weight decay keeps its sign (88 to 100 %) with
+      1.0, 1.6 and 6 of its length; the learning rate is better left to one step (cosine over seeds 0.65 to 0.9, carried
+      down to -0.3); momentum cannot be told without curvature beyond ten steps. At lr 0.3, nothing can.
+    - Near a solution validation and curvature speak against each other, and even the sign of weight decay may turn:
+      take an implicit hypergradient of :func:`~lightning_hpo.functional.bilevel.inner_problems.decayed` there.
+
+    Lengths being off by factors that vary slowly, hyperparameters are better stepped by Adam than by SGD.
 
     Args:
         step: One of :mod:`~lightning_hpo.functional.bilevel.optimizer_steps`.
