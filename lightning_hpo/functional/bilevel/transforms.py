@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Constant", "black_box", "both_products"]
+__all__ = ["black_box", "both_products"]
 
 
 def both_products(
