@@ -135,13 +135,13 @@ def _step(
 ) -> tuple[Moment, Tensor, Slots]:
     """One step of the optimizer with the tangents of everything that it reads."""
     hparams = {name: value.detach() for name, value in at.hparams.items()}
-    primals = (moment.params, at.unravel(gradient), moment.states, hparams)
+    primals = (moment.params, _pieces(at, gradient), moment.states, hparams)
     news, rows = [], []
     new = moment
     for index, unit in enumerate(units):
         tangents = (
-            at.unravel(tangent[index]),
-            at.unravel(moved[index]),
+            _pieces(at, tangent[index]),
+            _pieces(at, moved[index]),
             {
                 key: {
                     slot: slots[key][slot][index] if key in slots else torch.zeros_like(value)
@@ -160,3 +160,8 @@ def _step(
         key: {slot: torch.stack([dots[key][slot] for dots in news]) for slot in of} for key, of in new.states.items()
     }
     return new, torch.stack(rows), stacked
+
+
+def _pieces(at: Point, vector: Tensor) -> dict[str, Tensor]:
+    # Clones, because forward mode would give each view of a vector a tangent as long as the whole vector.
+    return {name: piece.clone() for name, piece in at.unravel(vector).items()}

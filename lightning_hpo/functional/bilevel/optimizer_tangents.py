@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lightning_hpo.functional.bilevel.optimizer_steps import Number, State, Step
+from lightning_hpo.functional.bilevel.optimizer_steps import Number, Step
 
 __all__ = ["Tangent", "carry", "step_gradients"]
 
@@ -114,7 +115,7 @@ def carry(
         curvature: The product of the Hessian with ``memory * tangent["param"]``; without it curvature counts as 0.
 
     Returns:
-        ``{"param": Z}`` and the tangents of the state's slots after the step.
+        ``{"param": Z}`` and the tangents of those slots of the state that move.
 
     Raises:
         ValueError: If the name is not a setting, or ``memory`` is not from 0 to 1.
@@ -130,18 +131,21 @@ def carry(
     if not 0 <= memory <= 1:
         raise ValueError(f"memory must be from 0 to 1, got {memory!r}")
     (value,) = tuned(settings, (name,), param).values()
-    slots = {slot: number for slot, number in state.items() if isinstance(number, Tensor)}
-    before = {slot: _kept(tangent, slot, number) for slot, number in slots.items()}
-    moved = torch.zeros_like(grad) if curvature is None else curvature.to(grad.dtype)
+    known = {} if tangent is None else dict(tangent)
+    with torch.no_grad(), forward_ad.dual_level():
 
-    def stepped(param: Tensor, grad: Tensor, state: State, value: Tensor) -> tuple[Tensor, State]:
-        return step(param, grad, state, **{**settings, name: value})
+        def dual(primal: Tensor, moves: Tensor | None) -> Tensor:
+            return primal.detach() if moves is None else forward_ad.make_dual(primal.detach(), moves)
 
-    primals = (param.detach(), grad.detach(), slots, value)
-    tangents = (memory * _kept(tangent, "param", param), moved, before, torch.ones_like(value))
-    with torch.no_grad():
-        new_param, new_slots = torch.func.jvp(stepped, primals, tangents)[1]
-    return {"param": new_param, **new_slots}
+        moved = memory * known["param"] if memory and "param" in known else None
+        slots = {slot: dual(held, known.get(slot)) for slot, held in state.items() if isinstance(held, Tensor)}
+        changed = {**settings, name: dual(value, torch.ones_like(value))}
+        new, after = step(
+            dual(param, moved), dual(grad, None if curvature is None else curvature.to(grad.dtype)), slots, **changed
+        )
+        found = {slot: forward_ad.unpack_dual(value).tangent for slot, value in {"param": new, **after}.items()}
+    # What does not move has no tangent, which saves most of the work: without curvature, Adam's states are such.
+    return {"param": torch.zeros_like(param)} | {slot: moves for slot, moves in found.items() if moves is not None}
 
 
 def tuned(settings: Mapping[str, Any], names: tuple[str, ...], like: Tensor) -> dict[str, Tensor]:
@@ -167,8 +171,3 @@ def tuned(settings: Mapping[str, Any], names: tuple[str, ...], like: Tensor) -> 
     if unknown:
         raise ValueError(f"{unknown} are not settings with a slope; there are {sorted(numbers)}")
     return {name: torch.as_tensor(numbers[name], dtype=like.dtype, device=like.device).detach() for name in names}
-
-
-def _kept(tangent: Mapping[str, Tensor] | None, slot: str, like: Tensor) -> Tensor:
-    known = tangent is not None and slot in tangent and slot != "step"
-    return tangent[slot] if tangent is not None and known else torch.zeros_like(like)
