@@ -35,6 +35,8 @@ def test_nearest_point_and_idempotence() -> None:
     torch.testing.assert_close(p @ weights, level.expand(3), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(projection_box_section(p, hyper), p, rtol=1e-12, atol=1e-12)
     others = projection_box_section(x + 0.5 * random(500, 3, 6), hyper)
+    assert ((others >= lower) & (others <= upper)).all()
+    torch.testing.assert_close(others @ weights, level.expand(500, 3), rtol=1e-12, atol=1e-12)
     assert ((others - x).norm(dim=-1) >= (p - x).norm(dim=-1) - 1e-12).all()
 
 

@@ -146,6 +146,14 @@ def test_fixed_iterations_are_the_krylov_optimum() -> None:
     torch.testing.assert_close(gmres(lambda p: A @ p, b, tol=0.0, maxiter=3)[0], expected)
 
 
+def test_gmres_stays_orthogonal_in_a_badly_conditioned_system() -> None:
+    size = 60
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator(6)))[0]
+    A = basis @ torch.diag(torch.logspace(0, -10, size, dtype=torch.float64)) @ basis.T
+    _, info = gmres(lambda p: A @ p, torch.ones(size, dtype=torch.float64), tol=0.0, maxiter=size, restart=size)
+    assert info.residual <= 1e-5  # with one pass of Gram and Schmidt 1e-3
+
+
 @pytest.mark.parametrize("tol", [0.0, 1e-5])
 def test_negative_curvature_stops_with_the_iterate_at_hand(tol: float) -> None:
     A = torch.diag(torch.tensor([4.0, 3.0, -1.0]))

@@ -232,6 +232,13 @@ def test_simplex_solutions_by_projected_gradient_mirror_descent_and_kkt() -> Non
     torch.testing.assert_close(found, expected)
 
 
+def test_a_mirror_step_multiplies_by_the_exponential_of_the_descent() -> None:
+    x = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15], dtype=torch.float64)
+    weights = x * torch.exp(-0.4 * (Q @ x - THETA))
+    mapping = mirror_descent(portfolio, projection_kl_simplex, step=0.4)
+    torch.testing.assert_close(mapping(x, None, THETA), weights / weights.sum())
+
+
 def test_active_and_inactive_inequalities() -> None:
     """A non-negative quadratic program: KKT conditions and projected gradient give the solution on the support."""
     theta = torch.tensor([0.3, -0.9, 0.4, -0.7, 0.5], dtype=torch.float64)

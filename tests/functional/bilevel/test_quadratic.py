@@ -64,6 +64,17 @@ def test_dependent_constraints_need_the_quasi_definite_solver() -> None:
         quasi_definite(5, 3, 0.0)
 
 
+def test_the_shift_is_positive_on_the_primal_and_negative_on_the_dual_block() -> None:
+    seen = []
+
+    def inner(matvec, b: Tensor, **settings):
+        seen.append(matvec(torch.ones(3)))
+        return lu(matvec, b, **settings)
+
+    quasi_definite(2, 1, 0.5, inner)(lambda p: p, torch.ones(3))
+    torch.testing.assert_close(seen[0], torch.tensor([1.5, 1.5, 0.5]))
+
+
 def test_conjugate_gradients_do_not_suit_a_saddle_point() -> None:
     with pytest.warns(UserWarning, match="negative curvature"):
         solve_equality_qp((ROOT @ ROOT.T, C), (A, B), solve=partial(cg, maxiter=200))
