@@ -44,7 +44,8 @@ def root_vjp(
     r"""Product :math:`v^\top \partial x^\star(\theta)` at a root of :math:`F(x, \theta) = 0`.
 
     One linear solve, :math:`(\partial_1 F)^\top u = v`, is shared by all arguments; then
-    :math:`v^\top \partial_i x^\star = -u^\top \partial_{\theta_i} F`.
+    :math:`v^\top \partial_i x^\star = -u^\top \partial_{\theta_i} F`. The product can be differentiated again; where
+    that is not wanted, call it under :func:`torch.no_grad`, which saves the graph.
 
     Args:
         optimality: The mapping F, ``F(x, *theta)`` in the structure of ``x``.
@@ -98,7 +99,8 @@ def root_jvp(
 ) -> tuple[Tree, SolveInfo]:
     r"""Product :math:`\partial x^\star(\theta)\, \dot\theta` at a root of :math:`F(x, \theta) = 0`.
 
-    One linear solve, :math:`\partial_1 F\, \dot x = -\partial_2 F\, \dot\theta`, whatever the number of arguments.
+    One linear solve, :math:`\partial_1 F\, \dot x = -\partial_2 F\, \dot\theta`, whatever the number of arguments. As
+    :func:`root_vjp` it can be differentiated again.
 
     Args:
         optimality: The mapping F, ``F(x, *theta)`` in the structure of ``x``.

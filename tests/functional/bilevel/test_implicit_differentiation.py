@@ -81,6 +81,20 @@ def test_both_modes_agree() -> None:
     assert abs(backward @ v - u @ forward) <= 1e-10
 
 
+def test_products_can_be_differentiated_again_or_leave_no_graph() -> None:
+    theta = THETA.clone().requires_grad_()
+    u = torch.ones(5, dtype=torch.float64)
+    x = implicit_root(ridge_gradient, ridge_solver, solve=lu)(INIT, theta)
+    (backward,), _ = root_vjp(ridge_gradient, x, (theta,), u, solve=lu)
+    forward, _ = root_jvp(ridge_gradient, x, (theta,), (u,), solve=lu)
+    expected = torch.autograd.functional.hessian(lambda theta: ridge_solver(INIT, theta).sum(), THETA)
+    torch.testing.assert_close(torch.autograd.grad(backward.sum(), theta, retain_graph=True)[0], expected.sum(0))
+    torch.testing.assert_close(torch.autograd.grad(forward.sum(), theta)[0], expected.sum(0))
+    with torch.no_grad():
+        assert not root_vjp(ridge_gradient, x, (theta,), u, solve=lu)[0][0].requires_grad
+        assert not root_jvp(ridge_gradient, x, (theta,), (u,), solve=lu)[0].requires_grad
+
+
 def test_loss_backward_and_func_transforms_agree() -> None:
     solution = implicit_root(ridge_gradient, ridge_solver, solve=lu)
 
