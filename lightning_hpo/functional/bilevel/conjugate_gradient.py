@@ -51,8 +51,8 @@ def cg(
         (tensor([0.0909, 0.6364]), True)
     """
     system = scale(matvec, b, init=init, ridge=ridge, tol=tol, maxiter=maxiter)
-    x, r = system.x, system.r
-    p, rr = r, r @ r
+    x, r = system.x, system.r  # fresh tensors, updated in place: memory is what an iteration costs beside its product
+    p, rr = r.clone(), r @ r
     threshold = stop_at(tol, b.dtype) ** 2
     running = rr > threshold
     negative = torch.zeros_like(running)
@@ -67,11 +67,11 @@ def cg(
         negative = negative | (running & (curvature <= eps * largest * pp))  # 0 up to rounding: A is singular
         running = running & ~negative
         alpha = torch.where(running, rr / curvature, torch.zeros_like(rr))
-        x = torch.addcmul(x, alpha, p)
-        r = torch.addcmul(r, -alpha, product)
+        x.addcmul_(alpha, p)
+        r.addcmul_(-alpha, product)
         before, rr = rr, r @ r
         iterations = iterations + running
-        p = torch.addcmul(r, torch.where(running, rr / before, torch.zeros_like(rr)), p)
+        p.mul_(torch.where(running, rr / before, torch.zeros_like(rr))).add_(r)
         running = running & (rr > threshold)
     return system.finish(x, rr.sqrt(), iterations, negative)
 
@@ -127,7 +127,7 @@ def normal_cg(
     x, r = system.x, system.r
     first = torch.where(system.length > 0, image / system.length, torch.zeros_like(image))
     s = first if init is None else transpose(r) - ridge * x
-    p, ss, start = s, s @ s, first @ first
+    p, ss, start = s.clone(), s @ s, first @ first
     bound = stop_at(tol, b.dtype) ** 2
 
     def unfinished(r: Tensor, ss: Tensor) -> Tensor:
@@ -141,12 +141,12 @@ def normal_cg(
             break
         q = system.apply(p)
         alpha = torch.where(running, ss / (q @ q + ridge * (p @ p)), torch.zeros_like(ss))
-        x = torch.addcmul(x, alpha, p)
-        r = torch.addcmul(r, -alpha, q)
+        x.addcmul_(alpha, p)
+        r.addcmul_(-alpha, q)
         s = transpose(r) - ridge * x
         before, ss = ss, s @ s
         iterations = iterations + running
-        p = torch.addcmul(s, torch.where(running, ss / before, torch.zeros_like(ss)), p)
+        p.mul_(torch.where(running, ss / before, torch.zeros_like(ss))).add_(s)
         running = running & unfinished(r, ss)
     whole = torch.where(start > 0, start, torch.ones_like(start))
     residual = (ss / whole).sqrt() if ridge else torch.where(torch.isfinite(ss), r @ r, ss).sqrt()

@@ -60,8 +60,8 @@ def neumann(
     for _ in range(maxiter):
         if tol > 0 and bool(term @ term <= stop_at(tol, b.dtype) ** 2):
             break
-        term = term - alpha * system.apply(term)
-        x = x + alpha * term
+        term = term.sub(system.apply(term), alpha=alpha)
+        x = x.add(term, alpha=alpha)
         iterations += 1
     return system.finish(x, norm(term), torch.full_like(system.length, iterations, dtype=torch.long))
 
@@ -108,10 +108,10 @@ def refinement(
 
     Example:
         >>> from lightning_hpo.functional.bilevel.conjugate_gradient import cg
-        >>> A = torch.diag(torch.tensor([1.0, 1e-3]))
-        >>> x, info = refinement(lambda p: A @ p, torch.tensor([1.0, 1.0]), solve=cg, shift=1e-3, maxiter=40)
+        >>> A = torch.diag(torch.tensor([1.0, 0.25]))
+        >>> x, info = refinement(lambda p: A @ p, torch.tensor([1.0, 1.0]), solve=cg, shift=0.25, maxiter=40)
         >>> x
-        tensor([1.0000e+00, 1.0000e+03])
+        tensor([1.0000, 4.0000])
     """
     system = scale(matvec, b, init=init, ridge=ridge, tol=tol, maxiter=maxiter)
     x, r = system.x, system.r
