@@ -52,7 +52,7 @@ def loss_of(module: nn.Module, method: str = "training_step") -> Callable[..., T
 
     Returns:
         A function ``(params, batch, *args)`` that returns a scalar. Names that ``params`` lacks keep their values. A
-        second argument named ``batch_idx`` is 0 unless given.
+        second argument that has no default is 0 unless given.
 
     Raises:
         ValueError: If the module has no such method.
@@ -69,8 +69,7 @@ def loss_of(module: nn.Module, method: str = "training_step") -> Callable[..., T
     if not callable(getattr(module, method, None)):
         raise ValueError(f"`{type(module).__name__}` has no method `{method}`")
     step = _Step(muted(module), method)
-    expected = list(inspect.signature(getattr(module, method)).parameters)
-    filling = (0,) if expected[1:2] == ["batch_idx"] else ()
+    filling = (0,) if _takes_index(getattr(module, method)) else ()
 
     def loss(params: Mapping[str, Tensor], batch: Any, *args: Any) -> Tensor:
         inside = {f"module.{name}": value for name, value in params.items()}
@@ -155,7 +154,7 @@ def muted(module: nn.Module, recorder: Recorder | None = None) -> nn.Module:
 
 
 def call_step(module: nn.Module, method: str, batch: Any) -> Any:
-    """Calls ``training_step`` or its like; a second argument named ``batch_idx`` is 0.
+    """Calls ``training_step`` or its like; a second argument, whatever its name, is 0.
 
     Args:
         module: The module.
@@ -173,8 +172,13 @@ def call_step(module: nn.Module, method: str, batch: Any) -> Any:
         5
     """
     step = getattr(module, method)
-    expected = list(inspect.signature(step).parameters)
-    return step(batch, 0) if expected[1:2] == ["batch_idx"] else step(batch)
+    return step(batch, 0) if _takes_index(step) else step(batch)
+
+
+def _takes_index(step: Callable[..., Any]) -> bool:
+    """Whether a step wants the number of the batch, under whatever name."""
+    second = list(inspect.signature(step).parameters.values())[1:2]
+    return any(p.kind is p.POSITIONAL_OR_KEYWORD and (p.name == "batch_idx" or p.default is p.empty) for p in second)
 
 
 def _is_metric(module: nn.Module | None) -> bool:
