@@ -25,7 +25,7 @@ L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "module_losses", "distributed"),
     *("data", "held_out", "live_loader", "accumulation", "gradients"),
-    *("gradient_noise", "scaled_step", "batch_controller"),
+    *("gradient_noise", "scaled_step", "batch_controller", "tuned_optimizer"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -46,6 +46,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "stateless")),
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
+    "tuned_optimizer": (TORCH, (*L0, "hyper")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),
