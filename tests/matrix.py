@@ -72,6 +72,7 @@ ONCE = "it searches once, before training, and nothing moves afterwards; its own
 CASES = [
     Case("TokenCompression", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3)),
     Case("TokenCompression-joint", "diffrate", lambda: TokenCompression(target=0.6, lr=0.3, freeze=False)),
+    Case("TokenCompression-pairs", "diffrate", lambda: TokenCompression(target=0.7, lr=0.3, matching="bipartite")),
     # Batches double up to the cap, so that one process, two ranks and two micro-batches lay out the same batches.
     Case(
         "AdaptiveBatchSize",
