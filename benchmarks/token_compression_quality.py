@@ -188,7 +188,7 @@ def run(name: str, task: Task, seed: int) -> tuple[list[dict[str, Any]], dict[fl
         same | {"target": 1.0, "method": "dense", "macs": 1.0, "accuracy": accuracy(classifier.model, data)}
     ]
     console.print(f"{name}, seed {seed}: dense {rows[0]['accuracy']:.2%}")
-    courses = {}
+    courses: dict[float, Course] = {}
     for target in task.targets:
         forms, costs = [], []
         for method, matching in METHODS.items():
