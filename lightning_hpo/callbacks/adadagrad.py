@@ -57,6 +57,8 @@ class AdaptiveBatchSize(MethodCallback):
         mode: ``"loader"`` changes the batches that the loader draws, and accumulation; ``"accumulate"`` changes
             accumulation alone, for loaders that nobody may touch.
         max_samples: Samples of a micro-batch that ``"ghost"`` and ``"vmap"`` look at; None for all.
+        min_readings: Readings of the noise before the batch first changes; by default as many as the moving averages
+            remember, 1 / (1 - smoothing). The first ones are mostly luck.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -94,6 +96,7 @@ class AdaptiveBatchSize(MethodCallback):
         lr_scaling: LearningRateRule | None = None,
         mode: Literal["loader", "accumulate"] = "loader",
         max_samples: int | None = 32,
+        min_readings: int | None = None,
     ) -> None:
         super().__init__()
         self.policy: Policy = NormTest() if policy is None else policy
@@ -101,12 +104,13 @@ class AdaptiveBatchSize(MethodCallback):
         self.estimator, self.mode = estimator, mode
         self.max_batch_size, self.max_micro_batch_size = max_batch_size, max_micro_batch_size
         self.interval, self.growth, self.smoothing, self.max_samples = interval, growth, smoothing, max_samples
+        self.min_readings = min_readings
         if problems := self._argument_problems():
             raise ValueError(f"`AdaptiveBatchSize`: {'; '.join(problems)}.")
         self._forget()
 
     def _argument_problems(self) -> list[str]:
-        whole = ("max_batch_size", "max_micro_batch_size", "interval", "max_samples")
+        whole = ("max_batch_size", "max_micro_batch_size", "interval", "max_samples", "min_readings")
         values = {name: getattr(self, name) for name in whole}
         problems = [f"{n} must be a positive integer, got {v!r}" for n, v in values.items() if not _positive_or_none(v)]
         estimators = ("auto", "micro_batch", "ghost", "vmap", "difference")
@@ -121,7 +125,7 @@ class AdaptiveBatchSize(MethodCallback):
     def _forget(self) -> None:
         """What training begins with."""
         rule = self.lr_scaling or AdaScale()  # until the optimizer is known
-        self.controller = BatchController(self.policy, rule, self.growth, self.smoothing)
+        self.controller = BatchController(self.policy, rule, self.growth, self.smoothing, self.min_readings)
         self.ranks = 0
         self.reading: dict[str, Any] = {}  # of the last step, read when its successor is under way
         self._arrival: torch.cuda.Event | None = None  # of the reading on the host
