@@ -298,4 +298,12 @@ def _squared_norms(calls: list[_Columns]) -> Tensor:
 def _gradients(calls: list[_Columns]) -> Iterator[Tensor]:
     """Gradients of every group of every sample, for one point of the kernel along the first dimension at a time."""
     for points in zip(*(call.parts for call in calls), strict=True):
-        yield accumulated(call.outputs @ call.inputs[:, :, point].mT for call, point in zip(calls, points, strict=True))
+        yield accumulated(
+            _product(call.outputs, call.inputs[:, :, point]) for call, point in zip(calls, points, strict=True)
+        )
+
+
+def _product(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Products over places; matrix products with few columns are slower than those with few rows."""
+    narrow = inputs.shape[1] < _WORTH_SLIDING and inputs.shape[1] < outputs.shape[1]
+    return (inputs @ outputs.mT).mT.contiguous() if narrow else outputs @ inputs.mT
