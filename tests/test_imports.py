@@ -23,7 +23,7 @@ TORCH = {"torch", "typing_extensions"}
 LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics", "timm"}
 L0 = ("functional", "nn")
 L1 = (
-    *("frozen", "hyper", "state", "stateless", "distributed"),
+    *("frozen", "hyper", "state", "stateless", "single_samples", "distributed"),
     *("data", "live_loader", "accumulation", "gradients", "gradient_noise", "scaled_step", "batch_controller"),
 )
 
@@ -35,12 +35,13 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "hyper": (TORCH, L0),
     "state": (TORCH, L0),
     "stateless": (TORCH, L0),
+    "single_samples": (TORCH, (*L0, "stateless")),
     "distributed": (TORCH, L0),
     "data": (TORCH, L0),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),
-    "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "stateless")),
+    "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "single_samples", "stateless")),
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),

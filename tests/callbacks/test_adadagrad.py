@@ -340,7 +340,14 @@ def truth(data):
 
 @pytest.mark.parametrize(
     ("estimator", "accumulation", "rtol"),
-    [("ghost", 1, 0.05), ("ghost", 2, 0.05), ("vmap", 1, 0.05), ("micro_batch", 8, 0.1), ("auto", 8, 0.1)],
+    [
+        ("ghost", 1, 0.05),
+        ("ghost", 2, 0.05),
+        ("vmap", 1, 0.05),
+        ("vmap", 2, 0.05),
+        ("micro_batch", 8, 0.1),
+        ("auto", 8, 0.1),
+    ],
 )
 def test_statistics_are_those_of_the_data(estimator, accumulation, rtol):
     data = rows(480)
