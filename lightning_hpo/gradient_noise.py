@@ -167,7 +167,7 @@ class GradientNoise:
             unscale: What turns the gradient seen into that of the micro-batch's mean loss.
         """
         if self.using == "micro_batch" and self._groups is not None:
-            self._sums.append(self._groups.take() * unscale * unscale * size)
+            self._sums.append(self._groups.take() * (unscale * unscale * size))
         elif self.using == "ghost" and self._ghost is not None:
             self._take_ghost(self._ghost, size, unscale)
         self._unscale = size * unscale
