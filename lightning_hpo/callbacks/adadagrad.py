@@ -42,9 +42,10 @@ class AdaptiveBatchSize(MethodCallback):
     Args:
         policy: What batch size the statistics ask for; :class:`~lightning_hpo.NormTest` and its relatives.
         estimator: How the noise is measured: ``"micro_batch"`` compares micro-batches and ranks, at next to no cost;
-            ``"ghost"`` takes the norms of single-sample gradients from the layers; ``"vmap"`` differentiates single
-            samples in an extra pass; ``"difference"`` compares steps in a row, which is biased. ``"auto"`` takes
-            micro-batches where a step has four, and ghost norms, or else differences, where it has fewer.
+            ``"ghost"`` takes the norms of single-sample gradients from the layers; ``"vmap"`` does so, too, and
+            differentiates single samples in an extra pass for parameters that no layer rule covers;
+            ``"difference"`` compares steps in a row, which is biased. ``"auto"`` takes micro-batches where a step has
+            four, and ghost norms, or else differences, where it has fewer.
         max_batch_size: Largest batch over all ranks; by default a sixteenth of the training set, so that an epoch keeps
             a number of steps.
         max_micro_batch_size: Largest batch that one rank holds at a time; by default what a
