@@ -37,13 +37,13 @@ def match_tokens(metric: Tensor, destinations: int | Tensor, sources: Tensor | N
     with torch.no_grad():
         metric = metric.float()
         inverse = torch.linalg.vector_norm(metric, dim=-1).clamp(min=_EPS).reciprocal()
-        # The norm of a source changes no comparison: destinations are divided in the products, sources at the end.
+        # The norm of a source changes no comparison: destinations are divided before the products, sources at the end.
+        unit = metric * inverse.unsqueeze(-1)
         if isinstance(destinations, int):
-            similarity = metric[:, destinations:] @ metric[:, :destinations].transpose(1, 2)
-            value, index = similarity.mul_(inverse[:, None, :destinations]).max(-1)
+            value, index = (metric[:, destinations:] @ unit[:, :destinations].transpose(1, 2)).max(-1)
             return index, value * inverse[:, destinations:]
-        similarity = (metric @ metric.transpose(1, 2)).mul_(inverse[:, None, :])
-        value, index = similarity.masked_fill_(~destinations[:, None, :], -torch.inf).max(-1)
+        barred = torch.zeros_like(inverse).masked_fill_(~destinations, -torch.inf)
+        value, index = torch.baddbmm(barred.unsqueeze(1), metric, unit.transpose(1, 2)).max(-1)
         itself = torch.arange(metric.shape[1], device=metric.device)
         if sources is None:
             sources = ~destinations
