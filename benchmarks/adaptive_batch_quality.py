@@ -2,7 +2,8 @@
 
 Two-layer networks, SGD with momentum, Adam and Adagrad, the same number of samples for every run.
 
-Digits (1437 training images, 40 epochs): learning rate rules under the same policy, the norm test as in the paper's
+Digits (1437 training images, 40 epochs), where the first reading may already change the batch: learning rate rules
+under the same policy, the norm test as in the paper's
 code with the learning rate left alone, constant batches; beside them the figures of an independent implementation
 written before this one, and whether ours agree. The gradient noise on such a run, by our estimate and by AdaptDL's
 formula on the same gradients.
@@ -75,7 +76,7 @@ BEFORE: dict[tuple[str, str], tuple[int, float, tuple[float | None, float]]] = {
 
 def digits_methods(optimizer: str) -> list[Method]:
     """Batches of 8 at first; four micro-batches of 2 where micro-batches are compared."""
-    groups = {"estimator": "micro_batch", "max_batch_size": 1437, "max_micro_batch_size": 512}
+    groups = {"estimator": "micro_batch", "max_batch_size": 1437, "max_micro_batch_size": 512, "min_readings": 1}
     samples = {"estimator": "ghost", "max_samples": None, "max_batch_size": 1437, "max_micro_batch_size": 1437}
     four = Method("", batch=2, accumulation=4, drop_last=True)
     rules = {"none": NoScaling(), "sqrt": SqrtScaling(NO_CAP), "linear": LinearScaling(NO_CAP)}

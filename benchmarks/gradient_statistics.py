@@ -2,9 +2,16 @@
 
 The plain step is zero_grad, forward, backward and SGD with momentum. `micro_batch` also takes the norm of every
 parameter's gradient by tensor hooks; `ghost` the norms of all samples' gradients by layer rules while the backward pass
-runs, and `ghost, 32` those of 32 samples. `vmap` adds a pass in which `per_sample_statistics` differentiates the loss
-sample by sample, and `vmap, 32` for 32 samples. Memory is what is allocated at the peak of a step beyond what was there
-before it.
+runs, and `ghost, 32` those of 32 samples. `vmap` is the estimator of that name: layer rules, and a further pass that
+differentiates sample by sample what has none. `vmap alone` differentiates everything sample by sample, rules or not.
+`MLP-gated` and `CNN-gated` have a layer of the user's own, and most of the weights in `Transformer` belong to
+`nn.MultiheadAttention`; there `ghost` leaves out what has no rule, while both forms of `vmap` look at everything.
+Memory is what is allocated at the peak of a step beyond what was there before it.
+
+What `micro_batch` costs is too little for so few rounds, so a second table takes many: an optimizer step over four
+micro-batches, alone and with all that the estimator does (hooks, and the reading at the end), one after the other in
+changing order. `cost` is the median ratio of the two with its 95 % confidence interval `low` to `high`, and the
+quartiles of single rounds; `inside` is the time spent in the estimator's own code over the rest of the same step.
 """
 
 import copy
@@ -13,17 +20,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from batch_windows import paired_cost
 from common import alternate, conclude, device, parse, peak_memory, rounded, show
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hpo.gradients import GroupNorms
+from lightning_hpo.single_samples import SingleSamples
 from lightning_hpo.stateless import PerSampleGradients, loss_of, per_sample_statistics
 
 SUBSET = 32
-SLOWER = {"MLP": 1, "CNN": 1, "CNN-padded": 1, "ViT": 3}  # fewer rounds where a step takes seconds
-CHUNK = {"MLP": 8, "CNN": 64, "CNN-padded": 64, "ViT": 16}  # samples that vmap differentiates at a time
+SLOWER = {"ViT": 3, "Transformer": 3}  # fewer rounds where a step takes seconds
+CHUNK = {"MLP": 8, "MLP-gated": 8, "ViT": 16, "Transformer": 16}  # samples that `vmap alone` differentiates at a time
 
 
 class Classifier(nn.Module):
@@ -39,18 +48,31 @@ class Classifier(nn.Module):
         return F.cross_entropy(self.network(images), labels)
 
 
-def mlp() -> nn.Module:
+class Gate(nn.Module):
+    """A learned activation, a product with a sigmoid that has a slope for each channel: no rule knows it."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x * torch.sigmoid(self.slope * x)
+
+
+def mlp(gated: bool = False) -> nn.Module:
     """784-512-512-10."""
+    activations = [Gate(512) if gated else nn.ReLU() for _ in range(2)]
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+        nn.Flatten(), nn.Linear(784, 512), activations[0], nn.Linear(512, 512), activations[1], nn.Linear(512, 10)
     )
 
 
-def cnn(padding: int = 0) -> nn.Module:
+def cnn(padding: int = 0, gated: bool = False) -> nn.Module:
     """Convolutions of 32, 64 and 64 channels on 28x28 with pooling between them, as in beginners' tutorials."""
     layers: list[nn.Module] = []
     for before, after in ((1, 32), (32, 64)):
-        layers += [nn.Conv2d(before, after, 3, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+        activation = Gate(after, 1, 1) if gated else nn.ReLU()
+        layers += [nn.Conv2d(before, after, 3, padding=padding), activation, nn.MaxPool2d(2)]
     layers += [nn.Conv2d(64, 64, 3, padding=padding), nn.ReLU(), nn.Flatten()]
     return nn.Sequential(*layers, nn.LazyLinear(64), nn.ReLU(), nn.Linear(64, 10))
 
@@ -60,11 +82,27 @@ def vit() -> nn.Module:
     return VisionTransformer(img_size=32, patch_size=4, num_classes=10, embed_dim=192, depth=6, num_heads=3)
 
 
+class Transformer(nn.Module):
+    """Torch's own encoder: width 128, depth 3, over the 28 rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True)
+        self.embed, self.head = nn.Linear(28, 128), nn.Linear(128, 10)
+        self.blocks = nn.TransformerEncoder(block, 3, enable_nested_tensor=False)
+
+    def forward(self, images: Tensor) -> Tensor:  # noqa: D102
+        return self.head(self.blocks(self.embed(images.squeeze(1))).mean(1))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP": (mlp, (1, 28, 28)),
     "CNN": (cnn, (1, 28, 28)),
     "CNN-padded": (partial(cnn, padding=1), (1, 28, 28)),
     "ViT": (vit, (3, 32, 32)),
+    "MLP-gated": (partial(mlp, gated=True), (1, 28, 28)),
+    "CNN-gated": (partial(cnn, gated=True), (1, 28, 28)),
+    "Transformer": (Transformer, (1, 28, 28)),
 }
 
 
@@ -99,31 +137,48 @@ def ghost(model: Classifier, batch: tuple[Tensor, Tensor], max_samples: int | No
     return observed
 
 
-def vmap(
+def vmap(model: Classifier, batch: tuple[Tensor, Tensor], max_samples: int | None = None) -> Callable[[], Any]:
+    step, samples = plain(model, batch), SingleSamples(model, dict(model.named_parameters()), max_samples)
+
+    def observed() -> Any:
+        samples.enabled = True
+        step()
+        return samples.take(batch, len(batch[0]))
+
+    return observed
+
+
+def vmap_alone(
     model: Classifier, batch: tuple[Tensor, Tensor], chunk_size: int, max_samples: int | None = None
 ) -> Callable[[], Any]:
     step, loss, parameters = plain(model, batch), loss_of(model), dict(model.named_parameters())
 
     def observed() -> Any:
         step()
-        return per_sample_statistics(loss, parameters, batch, chunk_size, max_samples=max_samples)
+        return per_sample_statistics(loss, parameters, batch, chunk_size, max_samples=max_samples, sums=False)
 
     return observed
 
 
-def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
+def setting(name: str, size: int) -> tuple[Classifier, tuple[Tensor, Tensor]]:
     make, shape = MODELS[name]
     model = Classifier(make()).to(device())
     model.network(torch.randn(1, *shape, device=device()))  # lazy layers take their shapes
-    batch = torch.randn(size, *shape, device=device()), torch.randint(0, 10, (size,), device=device())
-    chunk = CHUNK[name]
+    return model, (torch.randn(size, *shape, device=device()), torch.randint(0, 10, (size,), device=device()))
+
+
+def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
+    model, batch = setting(name, size)
+    chunk = CHUNK.get(name, 64)
     steps = {
         "plain": plain(copy.deepcopy(model), batch),
         "micro_batch": micro_batch(copy.deepcopy(model), batch),
         "ghost": ghost(copy.deepcopy(model), batch),
         f"ghost, {SUBSET}": ghost(copy.deepcopy(model), batch, SUBSET),
-        "vmap": vmap(copy.deepcopy(model), batch, chunk),
-        f"vmap, {SUBSET}": vmap(copy.deepcopy(model), batch, chunk, SUBSET),
+        "vmap": vmap(copy.deepcopy(model), batch),
+        f"vmap, {SUBSET}": vmap(copy.deepcopy(model), batch, SUBSET),
+        "vmap alone": vmap_alone(copy.deepcopy(model), batch, chunk),
+        f"vmap alone, {SUBSET}": vmap_alone(copy.deepcopy(model), batch, chunk, SUBSET),
     }
     times = alternate(steps, rounds, warmup=2)
     memory = {form: peak_memory(step) for form, step in steps.items()}
@@ -144,14 +199,20 @@ def run(name: str, size: int, rounds: int) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     batch = ("--batch", {"type": int, "nargs": "+", "default": [64, 256]})
-    rounds = ("--rounds", {"type": int, "default": 15, "help": "a third of it for the ViT"})
+    rounds = ("--rounds", {"type": int, "default": 15, "help": "a third of it for the ViT and the transformer"})
     models = ("--models", {"nargs": "+", "default": list(MODELS), "choices": list(MODELS)})
-    chosen = parse(__doc__, arguments, batch, rounds, models)
+    paired = ("--paired", {"type": int, "default": 200, "help": "rounds of the second table, likewise; 0 for none"})
+    chosen = parse(__doc__, arguments, batch, rounds, models, paired)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
+    closer: list[dict[str, Any]] = []
     for name in chosen.models[:1] if chosen.quick else chosen.models:
         for size in [8] if chosen.quick else chosen.batch:
-            rows += run(name, size, 2 if chosen.quick else max(3, chosen.rounds // SLOWER[name]))
+            slower = SLOWER.get(name, 1)
+            rows += run(name, size, 2 if chosen.quick else max(3, chosen.rounds // slower))
+            if chosen.paired:
+                turns = 4 if chosen.quick else max(8, chosen.paired // slower**3)
+                closer.append({"model": name, "micro_batch": size, **paired_cost(*setting(name, size), turns)})
     columns = {
         "model": "",
         "batch": "d",
@@ -162,7 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "memory": ".2f",
     }
     show("A step; cost and memory over the plain step", rows, columns)
-    conclude(__file__, chosen, rows, plain_step=(__doc__ or "").split("\n\n")[1].replace("\n", " "))
+    if closer:
+        figures = dict.fromkeys(("cost", "low", "high", "quartile_1", "quartile_3", "inside"), ".4f")
+        show("micro_batch", closer, {"model": "", "micro_batch": "d", "rounds": "d"} | figures)
+    conclude(__file__, chosen, rows, micro_batch=closer, plain_step=(__doc__ or "").split("\n\n")[1].replace("\n", " "))
 
 
 if __name__ == "__main__":

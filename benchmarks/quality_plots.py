@@ -15,7 +15,14 @@ from lightning_hpo.demos.image_data import ImageDataModule
 from lightning_hpo.nn.diffrate import token_groups
 
 mpl.use("Agg")
-MARKS = {"learned": "o-", "constant merging": "s--", "ToMe": "^--", "constant pruning": "v:", "random pruning": "x:"}
+MARKS = {
+    "learned": "o-",
+    "learned pairs": "D-",
+    "constant merging": "s--",
+    "ToMe": "^--",
+    "constant pruning": "v:",
+    "random pruning": "x:",
+}
 
 
 class LearnedCourse(Protocol):

@@ -1,12 +1,13 @@
 """What does accuracy lose when tokens go: learned rates against rates by hand, at equal multiply-accumulates?
 
 A small ViT is trained on each data set that is present (scikit-learn's digits always are; MNIST, Fashion-MNIST and
-CIFAR-10 are looked for under `LIGHTNING_HPO_DATA`), then frozen, and rates are learned for several budgets. At the cost
-of each learned schedule the same network is compressed by hand, the same number of tokens in every block but the first,
-which rate learning spares, too: merging with the same matching (`constant merging`), pruning by class attention
-(`constant pruning`) and pruning in random order (`random pruning`); ToMe's bipartite merging (`ToMe`) acts in the first
-block as well. Three seeds, which decide weights, order of the data and, on the digits, the test images. Trained
-networks are kept in the system's folder for temporary files.
+CIFAR-10 are looked for under `LIGHTNING_HPO_DATA`), then frozen, and rates are learned for several budgets, by DiffRate
+(`learned`) and for tokens that merge in pairs (`learned pairs`: `matching="bipartite"`). At the cost of the schedule
+that DiffRate learned the same network is compressed by hand, the same number of tokens in every block but the first,
+which it spares, too: merging with the same matching (`constant merging`), pruning by class attention
+(`constant pruning`) and pruning in random order (`random pruning`). ToMe's merging in pairs, the same number in every
+block (`ToMe`), is given the cost of what was learned for pairs. Three seeds, which decide weights, order of the data
+and, on the digits, the test images. Trained networks are kept in the system's folder for temporary files.
 """
 
 import copy
@@ -40,6 +41,7 @@ from lightning_hpo.functional.compression.schedule import constant_at_macs
 from lightning_hpo.nn.timm_models import describe
 from lightning_hpo.nn.token_state import RankedTokens, TokenState
 
+METHODS: dict[str, Literal["features", "bipartite"]] = {"learned": "features", "learned pairs": "bipartite"}
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 
 
@@ -145,17 +147,23 @@ def accuracy(model: nn.Module, data: ImageDataModule) -> float:
     return right / total
 
 
-def learn(classifier: LightningModule, data: ImageDataModule, target: float, steps: int) -> Course:
+def learn(
+    classifier: LightningModule,
+    data: ImageDataModule,
+    target: float,
+    steps: int,
+    matching: Literal["features", "bipartite"] = "features",
+) -> Course:
     """Rates for one budget."""
     data.batch_size = 64
-    compression = TokenCompression(target=target)
+    compression = TokenCompression(target=target, matching=matching)
     course = Course(compression, max(1, steps // 100))
     trainer(max_steps=steps, callbacks=[compression, course]).fit(classifier.train(), data)
     return course
 
 
-def by_hand(model: nn.Module, macs: float) -> Iterable[tuple[str, nn.Module, TokenCompressionSchedule]]:
-    """The same network under constant schedules of the same cost."""
+def by_hand(model: nn.Module, macs: float, pairs: float) -> Iterable[tuple[str, nn.Module, TokenCompressionSchedule]]:
+    """The same network under constant schedules of the same cost, that of learned pairs for ToMe."""
     layout = describe(model).layout
     kinds: tuple[tuple[str, Literal["merge", "prune"], Any, int], ...] = (
         ("constant merging", "merge", "features", 1),
@@ -164,7 +172,8 @@ def by_hand(model: nn.Module, macs: float) -> Iterable[tuple[str, nn.Module, Tok
         ("random pruning", "prune", "features", 1),
     )
     for name, kind, matching, first in kinds:
-        schedule = constant_at_macs(layout.cost, macs, layout.prefix, kind, first)
+        tome = matching == "bipartite"
+        schedule = constant_at_macs(layout.cost, pairs if tome else macs, layout.prefix, kind, first, halves=tome)
         network: Any = apply_token_compression(copy.deepcopy(model), schedule, matching=matching)
         if name == "random pruning":
             network.token_compression.__class__ = RandomOrder
@@ -179,18 +188,22 @@ def run(name: str, task: Task, seed: int) -> tuple[list[dict[str, Any]], dict[fl
         same | {"target": 1.0, "method": "dense", "macs": 1.0, "accuracy": accuracy(classifier.model, data)}
     ]
     console.print(f"{name}, seed {seed}: dense {rows[0]['accuracy']:.2%}")
-    courses = {}
+    courses: dict[float, Course] = {}
     for target in task.targets:
-        seed_everything(seed, verbose=False)
-        courses[target] = learn(classifier, data, target, task.steps)
-        schedule = courses[target].compression.schedule
-        forms = [("learned", apply_token_compression(copy.deepcopy(classifier.model), schedule), schedule)]
-        for method, network, used in [*forms, *by_hand(classifier.model, float(schedule.macs or 0))]:
+        forms, costs = [], []
+        for method, matching in METHODS.items():
+            seed_everything(seed, verbose=False)
+            course = learn(classifier, data, target, task.steps, matching)
+            schedule = course.compression.schedule
+            courses.setdefault(target, course)  # of the first method, for the pictures
+            forms.append((method, apply_token_compression(copy.deepcopy(classifier.model), schedule), schedule))
+            costs.append(float(schedule.macs or 0))
+        for method, network, used in [*forms, *by_hand(classifier.model, *costs)]:
             rows.append(same | {"target": target, "method": method, "macs": round((used.macs or 0) / full, 4)})
             rows[-1] |= {"accuracy": round(accuracy(network, data), 4), "prune": used.prune, "merge": used.merge}
-        found = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in rows[-5:])
+        found = ", ".join(f"{row['method']} {row['accuracy']:.2%}" for row in rows[-6:])
         console.print(
-            f"{name}, seed {seed}, target {target}: {rows[-5]['macs']:.4f} of the cost; {found}", soft_wrap=True
+            f"{name}, seed {seed}, target {target}: {rows[-6]['macs']:.4f} of the cost; {found}", soft_wrap=True
         )
     return rows, courses
 

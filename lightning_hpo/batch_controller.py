@@ -15,7 +15,6 @@ __all__ = ["PATIENCE", "BatchController"]
 
 PATIENCE = 20  # readings in a row that are not finite, after which the batch size stays what it is
 _RARELY = 1024  # samples in a batch above which not every step need be looked at
-_REMEMBERED = 1 - 1e-9  # readings in units of a moving average's memory before it is trusted
 _MEAN = 1 - 1e-9  # a moving average with this decay is the mean so far
 
 
@@ -27,6 +26,7 @@ class BatchController:
         lr_scaling: Rule by which the learning rate follows the batch.
         growth: Largest factor by which one decision changes the batch.
         smoothing: Decay of the moving averages.
+        min_readings: Readings before the first change; by default as many as the moving averages remember.
 
     Example:
         >>> from lightning_hpo import AdaScale, NoiseScale
@@ -38,8 +38,16 @@ class BatchController:
         (14, 13.33)
     """
 
-    def __init__(self, policy: Policy, lr_scaling: LearningRateRule, growth: float, smoothing: float) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        lr_scaling: LearningRateRule,
+        growth: float,
+        smoothing: float,
+        min_readings: int | None = None,
+    ) -> None:
         self.policy, self.lr_scaling, self.growth = policy, lr_scaling, growth
+        self.min_readings = min_readings or math.ceil(1 / (1 - smoothing) - 1e-9)
         self._decay = _MEAN if policy.when == "epoch" else smoothing
         self.smoothed = Smoothed(self._decay)
         self.statistics: dict[str, float] = {}  # the moving averages as they are now
@@ -132,7 +140,7 @@ class BatchController:
         """Sets :attr:`wanted` to what the policy asks for, within bounds.
 
         The first readings alone are mostly luck, and a batch that never shrinks would keep it: nothing changes before
-        the moving averages have seen as many readings as they remember.
+        there have been :attr:`min_readings`.
 
         Args:
             batch_size: The present batch size.
@@ -141,7 +149,7 @@ class BatchController:
         Returns:
             Whether it has changed.
         """
-        if self.policy.needs and self.policy.when == "step" and self.readings * (1 - self._decay) < _REMEMBERED:
+        if self.policy.needs and self.policy.when == "step" and self.readings < self.min_readings:
             return False
         # The tests that do not debias ask for the batch at which the noise was measured, not for the present one.
         now = {"batch_size": float(self.measured or batch_size), "lr": lr, "samples": float(self.samples)}

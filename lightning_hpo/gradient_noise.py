@@ -11,14 +11,14 @@ from lightning_hpo import distributed
 from lightning_hpo.functional.batching.variances import coordinate_batch, group_trace, inner_product_variance
 from lightning_hpo.gradients import GroupNorms, squared_norm
 from lightning_hpo.nn.per_sample import compiled_modules
-from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers, loss_of, per_sample_statistics
+from lightning_hpo.single_samples import SingleSamples
+from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers
 
 __all__ = ["Estimator", "GradientNoise", "Reading", "choose_estimators"]
 
 Estimator = Literal["micro_batch", "ghost", "vmap", "difference"]
 _FEWEST_GROUPS = 4  # below this the variance between micro-batches is mostly luck
 _ENOUGH = 0.9  # share of the parameters that layer rules must cover for "auto" to take ghost norms
-_CHUNK = 16  # samples that "vmap" differentiates at a time
 
 
 class Reading(NamedTuple):
@@ -89,8 +89,9 @@ class GradientNoise:
         module: The user's module.
         parameters: Those whose gradient is looked at, by name.
         estimators: Those that may be used, cheapest first: ``"micro_batch"`` compares the gradients of micro-batches
-            and ranks, ``"ghost"`` takes the norms of single-sample gradients from the layers, ``"vmap"`` differentiates
-            samples one by one in an extra pass, ``"difference"`` compares two steps in a row.
+            and ranks, ``"ghost"`` takes the norms of single-sample gradients from the layers, ``"vmap"`` does so and
+            differentiates single samples in an extra pass for what the layers do not tell, ``"difference"`` compares
+            two steps in a row.
         inner: Whether the inner products with the mean gradient are needed; then ``"ghost"`` or ``"vmap"`` it is.
         coordinate: Quantile of the coordinate-wise test, or None where it is not needed; the same holds.
         max_samples: Samples that ``"ghost"`` and ``"vmap"`` look at in each micro-batch; None for all.
@@ -119,6 +120,9 @@ class GradientNoise:
         if "ghost" in estimators:
             self._ghost = PerSampleGradients(module, max_samples, keep=self._single, strict=strict)
             self._ghost.attach()
+        self._samples: SingleSamples | None = None
+        if "vmap" in estimators:
+            self._samples = SingleSamples(module, self._parameters, max_samples, keep=self._single)
         self.begin(0)
 
     @property
@@ -139,6 +143,13 @@ class GradientNoise:
         if self._ghost is not None:
             self._ghost.clear()
             self._ghost.enabled = self.using == "ghost" and not self._ghost.problem
+        self._await(groups // distributed.world_size())
+
+    def _await(self, left: int) -> None:
+        """Looks at single samples in the window's last micro-batch."""
+        self._left = left
+        if self._samples is not None:
+            self._samples.enabled = self.using == "vmap" and left == 1
 
     def _choose(self, groups: int) -> Estimator | None:
         least = _FEWEST_GROUPS if "ghost" in self.estimators else 2  # few groups are better than a biased estimate
@@ -156,11 +167,12 @@ class GradientNoise:
             unscale: What turns the gradient seen into that of the micro-batch's mean loss.
         """
         if self.using == "micro_batch" and self._groups is not None:
-            self._sums.append(self._groups.take() * unscale * unscale * size)
+            self._sums.append(self._groups.take() * (unscale * unscale * size))
         elif self.using == "ghost" and self._ghost is not None:
             self._take_ghost(self._ghost, size, unscale)
         self._unscale = size * unscale
         self._batch = batch if self.using == "vmap" else None
+        self._await(self._left - 1)
 
     def _take_ghost(self, ghost: PerSampleGradients, size: int, unscale: Tensor | float) -> None:
         rows = 0 if ghost.problem else len(squares := ghost.take().double())
@@ -189,6 +201,7 @@ class GradientNoise:
         """
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         unseen = self.using in ("micro_batch", "ghost") and len(self._sums) != len(sizes)  # a step without a loss
+        unseen = unseen or (self.using == "vmap" and self._left != 0)
         if unseen or self.using is None or not gradients or samples < 2:
             return None
         if self.using == "difference":
@@ -237,17 +250,10 @@ class GradientNoise:
         return squares, inner, {name: moment * unscale * unscale for name, moment in moments.items()}
 
     def _by_vmap(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        with torch.enable_grad():
-            found = per_sample_statistics(
-                loss_of(self.module),
-                dict(self._parameters),
-                self._batch,
-                chunk_size=_CHUNK,
-                gradients=gradients,
-                moments=self.coordinate is not None,
-                max_samples=self.max_samples,
-            )
-        return found.squared_norms.double(), cast(Tensor, found.inner_products).double(), found.second_moments or {}
+        known = gradients if self._single else None
+        return cast(SingleSamples, self._samples).take(
+            self._batch, self._unscale, known, moments=self.coordinate is not None
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The last step's gradient, where steps are compared, and the estimators that are left."""
@@ -276,3 +282,5 @@ class GradientNoise:
             self._groups.remove()
         if self._ghost is not None:
             self._ghost.remove()
+        if self._samples is not None:
+            self._samples.remove()

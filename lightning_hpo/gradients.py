@@ -1,12 +1,14 @@
 """Norms of the gradients of single micro-batches, read while the user's own backward pass runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["GroupNorms", "squared_norm"]
+
+_SMALL = 2**14  # numbers; a call takes longer than the sum
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -23,7 +25,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
         tensor(25., dtype=torch.float64)
     """
     wide = [tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float() for tensor in tensors]
-    return torch.stack([norm.double() for norm in torch._foreach_norm(wide)]).square().sum()
+    return _sum_of_squares(torch._foreach_norm(wide))
 
 
 class GroupNorms:
@@ -49,31 +51,42 @@ class GroupNorms:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.enabled = True
         self._norms: list[Tensor] = []
+        self._small: list[Tensor] = []  # gradients, all of whose norms one call takes later
         trained = [p for p in parameters if p.requires_grad]
         self._device = trained[0].device if trained else torch.device("cpu")
         self._handles: list[RemovableHandle] = [p.register_hook(self._note) for p in trained]
 
     def _note(self, gradient: Tensor) -> None:
-        if self.enabled:
+        if not self.enabled:
+            return
+        if gradient.numel() < _SMALL:
+            self._small.append(gradient.detach())
+        else:  # at once: autograd would copy a gradient that somebody holds
             # half precision would overflow; float32 is what the sum is taken in
             self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=_wide(gradient.dtype)))
 
     def take(self) -> Tensor:
         """The sum of squares over all parameters of the latest backward pass, a scalar in float64."""
-        norms, self._norms = self._norms, []
-        if not norms:
-            return torch.zeros((), dtype=torch.double, device=self._device)
-        return torch.stack([norm.double() for norm in norms]).square().sum()
+        norms, small = self._norms, self._small
+        self.clear()
+        if small:
+            norms += torch._foreach_norm([gradient.to(_wide(gradient.dtype)) for gradient in small])
+        return _sum_of_squares(norms) if norms else torch.zeros((), dtype=torch.double, device=self._device)
 
     def clear(self) -> None:
         """Forgets what has been noted."""
-        self._norms = []
+        self._norms, self._small = [], []
 
     def remove(self) -> None:
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._norms = [], []
+        self._handles = []
+        self.clear()
+
+
+def _sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(tuple(norms)), dtype=torch.double).square()
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -112,6 +112,7 @@ CASES = [
         lambda: Hypergradient(every_n_steps=2, lr=0.3),
         Smoothed,
     ),
+    Case("TokenCompression-pairs", "diffrate", lambda: TokenCompression(target=0.7, lr=0.3, matching="bipartite")),
     # Batches double up to the cap, so that one process, two ranks and two micro-batches lay out the same batches.
     Case(
         "AdaptiveBatchSize",

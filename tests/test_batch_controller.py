@@ -96,6 +96,19 @@ def test_the_batch_stops_where_the_learning_rate_does(rule):
     assert free.wanted == 1000
 
 
+@pytest.mark.parametrize(
+    ("smoothing", "asked", "least"), [(0.9, None, 10), (0.0, None, 1), (0.75, None, 4), (0.9, 1, 1), (0.9, 3, 3)]
+)
+def test_the_batch_waits_for_as_many_readings_as_the_averages_remember(smoothing, asked, least):
+    made = BatchController(NormTest(), NoScaling(), growth=2.0, smoothing=smoothing, min_readings=asked)
+    made.begin(first=8, limit=1000)
+    changed = []
+    for _ in range(12):
+        made.take_in(reading(1000.0, 1.0, 8), 8)
+        changed.append(made.decide(made.wanted, 0.1))
+    assert changed.index(True) == least - 1
+
+
 def test_readings_that_are_not_finite_leave_no_trace_and_end_the_search():
     made = controller(smoothing=0.9)
     made.take_in(reading(100.0, 10.0, 8), 8)

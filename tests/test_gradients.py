@@ -24,6 +24,19 @@ def test_norms_are_those_of_each_backward_pass_alone():
     assert all(not p._backward_hooks for p in net.parameters())
 
 
+def test_large_and_small_parameters_count_alike():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 2)).double()  # one is summed up at once
+    norms = GroupNorms(net.parameters())
+    for _ in range(2):
+        batch = torch.randn(6, 300, dtype=torch.double)
+        expected = squared_norm(torch.autograd.grad(net(batch).square().mean(), list(net.parameters())))
+        norms.clear()
+        net(batch).square().mean().backward()
+        torch.testing.assert_close(norms.take(), expected, rtol=1e-12, atol=0)
+    assert norms.take() == 0
+
+
 def test_half_precision_does_not_overflow():
     weight = torch.zeros(1000, dtype=torch.float16, requires_grad=True)
     norms = GroupNorms([weight])

@@ -23,7 +23,7 @@ TORCH = {"torch", "typing_extensions"}
 LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics", "timm"}
 L0 = ("functional", "nn")
 L1 = (
-    *("frozen", "hyper", "state", "stateless", "module_losses", "distributed"),
+    *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
     *("data", "held_out", "live_loader", "accumulation", "gradients"),
     *("gradient_noise", "scaled_step", "batch_controller", "tuned_optimizer"),
 )
@@ -36,6 +36,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "hyper": (TORCH, L0),
     "state": (TORCH, L0),
     "stateless": (TORCH, L0),
+    "single_samples": (TORCH, (*L0, "stateless")),
     "distributed": (TORCH, L0),
     "data": (TORCH, L0),
     "held_out": (TORCH, (*L0, "distributed")),
@@ -43,7 +44,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),
-    "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "stateless")),
+    "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "single_samples", "stateless")),
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
     "tuned_optimizer": (TORCH, (*L0, "hyper")),

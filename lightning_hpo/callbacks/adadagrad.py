@@ -42,9 +42,10 @@ class AdaptiveBatchSize(MethodCallback):
     Args:
         policy: What batch size the statistics ask for; :class:`~lightning_hpo.NormTest` and its relatives.
         estimator: How the noise is measured: ``"micro_batch"`` compares micro-batches and ranks, at next to no cost;
-            ``"ghost"`` takes the norms of single-sample gradients from the layers; ``"vmap"`` differentiates single
-            samples in an extra pass; ``"difference"`` compares steps in a row, which is biased. ``"auto"`` takes
-            micro-batches where a step has four, and ghost norms, or else differences, where it has fewer.
+            ``"ghost"`` takes the norms of single-sample gradients from the layers; ``"vmap"`` does so, too, and
+            differentiates single samples in an extra pass for parameters that no layer rule covers;
+            ``"difference"`` compares steps in a row, which is biased. ``"auto"`` takes micro-batches where a step has
+            four, and ghost norms, or else differences, where it has fewer.
         max_batch_size: Largest batch over all ranks; by default a sixteenth of the training set, so that an epoch keeps
             a number of steps.
         max_micro_batch_size: Largest batch that one rank holds at a time; by default what a
@@ -57,6 +58,8 @@ class AdaptiveBatchSize(MethodCallback):
         mode: ``"loader"`` changes the batches that the loader draws, and accumulation; ``"accumulate"`` changes
             accumulation alone, for loaders that nobody may touch.
         max_samples: Samples of a micro-batch that ``"ghost"`` and ``"vmap"`` look at; None for all.
+        min_readings: Readings of the noise before the batch first changes; by default as many as the moving averages
+            remember, 1 / (1 - smoothing). The first ones are mostly luck.
 
     Raises:
         ValueError: If an argument is wrong.
@@ -94,6 +97,7 @@ class AdaptiveBatchSize(MethodCallback):
         lr_scaling: LearningRateRule | None = None,
         mode: Literal["loader", "accumulate"] = "loader",
         max_samples: int | None = 32,
+        min_readings: int | None = None,
     ) -> None:
         super().__init__()
         self.policy: Policy = NormTest() if policy is None else policy
@@ -101,12 +105,13 @@ class AdaptiveBatchSize(MethodCallback):
         self.estimator, self.mode = estimator, mode
         self.max_batch_size, self.max_micro_batch_size = max_batch_size, max_micro_batch_size
         self.interval, self.growth, self.smoothing, self.max_samples = interval, growth, smoothing, max_samples
+        self.min_readings = min_readings
         if problems := self._argument_problems():
             raise ValueError(f"`AdaptiveBatchSize`: {'; '.join(problems)}.")
         self._forget()
 
     def _argument_problems(self) -> list[str]:
-        whole = ("max_batch_size", "max_micro_batch_size", "interval", "max_samples")
+        whole = ("max_batch_size", "max_micro_batch_size", "interval", "max_samples", "min_readings")
         values = {name: getattr(self, name) for name in whole}
         problems = [f"{n} must be a positive integer, got {v!r}" for n, v in values.items() if not _positive_or_none(v)]
         estimators = ("auto", "micro_batch", "ghost", "vmap", "difference")
@@ -121,7 +126,7 @@ class AdaptiveBatchSize(MethodCallback):
     def _forget(self) -> None:
         """What training begins with."""
         rule = self.lr_scaling or AdaScale()  # until the optimizer is known
-        self.controller = BatchController(self.policy, rule, self.growth, self.smoothing)
+        self.controller = BatchController(self.policy, rule, self.growth, self.smoothing, self.min_readings)
         self.ranks = 0
         self.reading: dict[str, Any] = {}  # of the last step, read when its successor is under way
         self._arrival: torch.cuda.Event | None = None  # of the reading on the host

@@ -1,6 +1,7 @@
 """DiffRate as a callback: learns how many tokens each block of a Vision Transformer keeps."""
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -15,7 +16,7 @@ from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.frozen import FrozenModule
 from lightning_hpo.functional.compression.budget import parse_budget
-from lightning_hpo.functional.compression.diffrate import candidate_counts, initial_probabilities, kept_tokens
+from lightning_hpo.functional.compression.diffrate import candidate_counts, kept_tokens
 from lightning_hpo.functional.compression.rates import RateLayout
 from lightning_hpo.functional.compression.schedule import TokenCompressionSchedule
 from lightning_hpo.hyper import HyperparameterSet, Simplex
@@ -53,7 +54,9 @@ class TokenCompression(MethodCallback):
             multiplier, whose weight suits networks of a few G only.
         macs_weight: The weight :math:`w`; 30 for the relative loss, 5 (the paper's) for the absolute one.
         importance: ``"class"`` or ``"mean"``; see :func:`~lightning_hpo.apply_token_compression`.
-        matching: ``"features"`` or ``"keys"``.
+        matching: What decides which tokens merge: ``"features"`` after attention (DiffRate), attention ``"keys"``, or
+            ``"bipartite"``: tokens merge in pairs of similar keys as in ToMe, in the first block too, nothing is
+            pruned, and learning begins with the same number in every block. It has lost least on small images.
         size_rule: ``"clamped"`` or ``"unclamped"``.
         total_steps: Length of the cosine in optimizer steps; by default that of the training.
         image_size: Height and width of the images, for CAFormer at a size other than that of its weights.
@@ -93,7 +96,7 @@ class TokenCompression(MethodCallback):
         macs_loss: Literal["relative", "absolute"] = "relative",
         macs_weight: float | None = None,
         importance: Literal["class", "mean"] | None = None,
-        matching: Literal["features", "keys"] = "features",
+        matching: Literal["features", "keys", "bipartite"] = "features",
         size_rule: Literal["clamped", "unclamped"] = "clamped",
         total_steps: int | None = None,
         image_size: int | None = None,
@@ -130,7 +133,8 @@ class TokenCompression(MethodCallback):
             or _positive_integer(self.total_steps),
             f"importance must be 'class' or 'mean', got {self.importance!r}": self.importance
             in (None, "class", "mean"),
-            f"matching must be 'features' or 'keys', got {self.matching!r}": self.matching in ("features", "keys"),
+            f"matching must be 'features', 'keys' or 'bipartite', got {self.matching!r}": self.matching
+            in ("features", "keys", "bipartite"),
             f"size_rule must be 'clamped' or 'unclamped', got {self.size_rule!r}": self.size_rule
             in ("clamped", "unclamped"),
         }
@@ -150,7 +154,10 @@ class TokenCompression(MethodCallback):
             if self._loaded is None:
                 raise RuntimeError("There is no schedule yet: `trainer.fit(module)` learns it.")
             return TokenCompressionSchedule.from_dict(self._loaded)
-        return self._layout.schedule(self._kept().detach())
+        rules: dict[str, Any] = {"importance": self.importance, "matching": self.matching, "size_rule": self.size_rule}
+        usual = {"matching": "features", "size_rule": "clamped"}
+        told = {name: value for name, value in rules.items() if value != usual.get(name)}
+        return replace(self._layout.schedule(self._kept().detach()), **told)
 
     @override
     def hyperparameters(self) -> dict[str, float | list[float]]:
@@ -186,6 +193,7 @@ class TokenCompression(MethodCallback):
         """Finds the network, checks the budget against it, and opens its blocks."""
         self.refuse_sharded_strategy(trainer)
         anatomy = describe(self._find(pl_module), self.image_size)
+        anatomy = anatomy.merging_pairs() if self.matching == "bipartite" else anatomy
         self._prepare_rates(anatomy.layout)
         if stage == "fit":
             self.require_automatic_optimization(pl_module)
@@ -216,7 +224,7 @@ class TokenCompression(MethodCallback):
     def _prepare_rates(self, layout: RateLayout) -> None:
         if not layout.blocks:
             raise ValueError("Every block is exempt from compression, so there is no rate to learn.")
-        candidates = len(candidate_counts(layout.patches, self.granularity))
+        candidate_counts(layout.patches, self.granularity)  # says what is wrong with the granularity
         least, full = layout.reachable(self.granularity)
         budget = self._budget(full)
         if not least <= budget < full:
@@ -224,10 +232,10 @@ class TokenCompression(MethodCallback):
                 f"target {self.target!r} is {budget / 1e9:.4g} G; this network can be brought from "
                 f"{full / 1e9:.4g} G down to {least / 1e9:.4g} G."
             )
-        shape = (layout.kinds, len(layout.blocks), candidates)
+        start = layout.start(budget, self.granularity)
         if self.hypers is None:
-            self.hypers = HyperparameterSet(kept=Simplex(initial_probabilities(*shape)))
-        elif tuple(self.hypers["kept"].shape) != shape:
+            self.hypers = HyperparameterSet(kept=Simplex(start))
+        elif self.hypers["kept"].shape != start.shape:
             self.raise_all(["the rates were learned for a network of another depth or image size; use a new callback."])
         self.optimizer = self.optimizer or self._new_optimizer()
         self._layout = layout

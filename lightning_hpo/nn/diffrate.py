@@ -5,7 +5,7 @@ from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_hpo.functional.compression.counts import segments
+from lightning_hpo.functional.compression.counts import halved_at_most, segments
 from lightning_hpo.functional.compression.schedule import TokenCompressionSchedule
 from lightning_hpo.nn.timm_blocks import COMPRESSED_BLOCKS, COMPRESSED_MODELS, ORIGINALS
 from lightning_hpo.nn.timm_models import Anatomy, describe
@@ -59,8 +59,8 @@ def apply_token_compression(
     model: Model,
     schedule: TokenCompressionSchedule,
     importance: Importance | None = None,
-    matching: Matching = "features",
-    size_rule: SizeRule = "clamped",
+    matching: Matching | None = None,
+    size_rule: SizeRule | None = None,
     trace: bool = False,
 ) -> Model:
     r"""Makes a timm network drop and merge tokens as ``schedule`` says; its sequences become really shorter.
@@ -75,11 +75,11 @@ def apply_token_compression(
             or CAFormer (merging only).
         schedule: Kept tokens of each block.
         importance: ``"class"``: attention that the class token pays; ``"mean"``: mean attention received. By default
-            the first where there is a class token.
+            that of the schedule, else the first where there is a class token.
         matching: ``"features"`` compares tokens after attention, ``"keys"`` their attention keys; ``"bipartite"``
-            merges alternating pairs as ToMe does, for comparison.
+            merges alternating pairs of similar keys as ToMe does. By default that of the schedule, else the first.
         size_rule: ``"clamped"`` lets a merged token count for at least one; ``"unclamped"`` is the official inference
-            rule, under which an unlike source shrinks its destination.
+            rule, under which an unlike source shrinks its destination. By default that of the schedule, else the first.
         trace: Whether to record the group of each patch for :func:`token_groups`.
 
     Returns:
@@ -89,7 +89,8 @@ def apply_token_compression(
         TypeError: If there is no supported transformer block.
         NotImplementedError: If a block or the pooling cannot be compressed; says which and why.
         RuntimeError: If compression is applied already, or ``model`` is wrapped for distributed training.
-        ValueError: If the schedule was made for another network, or ``importance`` needs a class token.
+        ValueError: If the schedule was made for another network, ``importance`` needs a class token, or the schedule
+            prunes or merges more than half of the patches in a block where they merge in pairs.
 
     References:
         Chen et al., "DiffRate", ICCV 2023, sec. 3.2; Bolya et al., "Token Merging", ICLR 2023.
@@ -104,9 +105,13 @@ def apply_token_compression(
     """
     anatomy = describe(model, _image_size(model, schedule))
     schedule.validate(entry=anatomy.layout.cost.entry, prefix=anatomy.layout.prefix)
-    if not anatomy.layout.prunes and any(kept < before for before, kept, _ in schedule.running()):
+    if anatomy.whole_grid and any(kept < before for before, kept, _ in schedule.running()):
         raise ValueError(f"`{type(model).__name__}` needs its whole grid back: it can merge tokens but not prune them.")
-    attach(anatomy, importance, matching, size_rule, trace=trace)
+    matching = matching or schedule.matching or "features"
+    if matching == "bipartite":
+        _refuse_more_than_pairs(schedule)
+    rules = (importance or schedule.importance, matching, size_rule or schedule.size_rule or "clamped")
+    attach(anatomy, *rules, trace=trace)
     set_schedule(anatomy, schedule)
     return model
 
@@ -201,10 +206,12 @@ def attach(
         )
     rules = CompressionRules(importance or anatomy.importance, matching, size_rule == "clamped")
     layout, entry = anatomy.layout, anatomy.layout.cost.entry
-    state = TokenState(layout.prefix, rules, trace or not layout.prunes, granularity, probabilities)
+    state = TokenState(layout.prefix, rules, trace or anatomy.whole_grid, granularity, probabilities)
     opening = {start: not all(layout.exempt[start:stop]) for start, stop in segments(entry)}
-    closing = set() if layout.prunes else {stop - 1 for _, stop in segments(entry)}
+    closing = {stop - 1 for _, stop in segments(entry)} if anatomy.whole_grid else set()
     rows = {index: row for row, index in enumerate(layout.blocks)}
+    if not anatomy.reads_patches:
+        rows.pop(len(entry) - 1, None)  # learning need not do there what nobody sees
     for index, block in enumerate(anatomy.blocks):
         slot = BlockCompression(state, entry[index], entry[index], entry[index], rows.get(index))
         slot.opens, slot.learns, slot.restores = index in opening, opening.get(index, False), index in closing
@@ -220,6 +227,19 @@ def set_schedule(anatomy: Anatomy, schedule: TokenCompressionSchedule) -> None:
     """Makes an attached network keep what ``schedule`` says."""
     for block, (_, prune, merge) in zip(anatomy.blocks, schedule.running(), strict=True):
         block.token_compression.prune, block.token_compression.merge = prune, merge  # type: ignore[union-attr]
+
+
+def _refuse_more_than_pairs(schedule: TokenCompressionSchedule) -> None:
+    running = schedule.running()
+    pruning = [block for block, (before, kept, _) in enumerate(running) if kept < before]
+    pairs = halved_at_most([left for *_, left in running], schedule.entry, schedule.prefix)
+    beyond = [block for block, ((*_, left), least) in enumerate(zip(running, pairs, strict=True)) if left < least]
+    problems = [f"blocks {pruning} prune"] if pruning else []
+    problems += [f"blocks {beyond} give up more than half of their patches"] if beyond else []
+    if problems:
+        raise ValueError(
+            f"matching='bipartite' merges patches in pairs, but {' and '.join(problems)} (counted from 0)."
+        )
 
 
 def _image_size(model: nn.Module, schedule: TokenCompressionSchedule) -> int | None:

@@ -352,13 +352,15 @@ class _Nothing:
 
 def _as_computed(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Inputs in the precision in which the layer used them: this is also what autograd keeps."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(layer, _CAST_BY_AUTOCAST):
+        return inputs
     kind = inputs.device.type
-    cast = isinstance(layer, _CAST_BY_AUTOCAST) and inputs.dtype != torch.float64 and _autocasts(kind)
-    return inputs.to(torch.get_autocast_dtype(kind)) if cast else inputs
+    return inputs.to(torch.get_autocast_dtype(kind)) if inputs.dtype != torch.float64 and _autocasts(kind) else inputs
 
 
 def _autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    any_kind = torch._C._is_any_autocast_enabled()  # much faster than to ask for each
+    return any_kind and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _full_precision(kind: str) -> AbstractContextManager[Any]:

@@ -1,7 +1,7 @@
 """Which timm networks token compression fits, and what it has to know of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -51,12 +51,25 @@ class Anatomy:
         blocks: Its transformer blocks, in the order in which they run.
         layout: Which of them compress, and what they cost. A network whose grid must be whole again only merges.
         importance: How patches are ranked by default.
+        whole_grid: Whether the grid must be whole again behind the last block of a segment.
+        reads_patches: Whether the head reads patches; otherwise nobody sees what the last block does to them.
     """
 
     model: nn.Module
     blocks: tuple[nn.Module, ...]
     layout: RateLayout
     importance: Literal["class", "mean"]
+    whole_grid: bool = False
+    reads_patches: bool = True
+
+    def merging_pairs(self) -> "Anatomy":
+        """The same network where tokens merge in pairs (ToMe): nothing is pruned, and the first block takes part.
+
+        DiffRate spares the first block because the class token does not rank patches well there; keys do.
+        """
+        spared = self.whole_grid or len(self.blocks) == 1
+        exempt = (self.layout.exempt[0] and spared, *self.layout.exempt[1:])
+        return replace(self, layout=replace(self.layout, exempt=exempt, prunes=False, halves=True))
 
     @property
     def has_class_token(self) -> bool:
@@ -130,7 +143,7 @@ def _describe_vit(model: Any) -> Anatomy:
     entry = (model.patch_embed.num_patches + prefix,) * len(blocks)
     cost = TransformerMacs(_stem_and_head(model, entry[0]), entry, tuple(_block_macs(b, b.attn) for b in blocks))
     importance: Literal["class", "mean"] = "class" if model.cls_token is not None else "mean"
-    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix), importance)
+    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix), importance, reads_patches=pools_patches)
 
 
 def _check_pooling(model: Any) -> bool:
@@ -158,7 +171,7 @@ def _describe_caformer(model: Any, image_size: int | None) -> Anatomy:
     cost = TransformerMacs.caformer(widths, depths, size, model.num_classes)
     blocks = tuple(block for stage in stages[2:] for block in stage.blocks)
     exempt = [index in (0, depths[2] - 1) or index >= depths[2] for index in range(len(blocks))]  # the paper's
-    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix=0, prunes=False), "mean")
+    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix=0, prunes=False), "mean", whole_grid=True)
 
 
 def _block_macs(block: Any, attn: Any) -> BlockMacs:

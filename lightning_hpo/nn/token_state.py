@@ -15,7 +15,14 @@ from lightning_hpo.functional.compression.diffrate import (
     straight_through_mask,
     token_ranks,
 )
-from lightning_hpo.functional.compression.tome import bipartite_merge, grow_sizes, match_tokens, merge_tokens
+from lightning_hpo.functional.compression.tome import (
+    bipartite_merge,
+    bipartite_order,
+    grow_sizes,
+    match_tokens,
+    merge_tokens,
+    merge_weighted,
+)
 
 __all__ = ["BlockCompression", "CompressionRules", "RankedTokens", "TokenState"]
 
@@ -30,7 +37,7 @@ class CompressionRules:
         importance: ``"class"`` ranks patches by the attention the class token pays them, ``"mean"`` by the attention
             that all tokens pay them.
         matching: What is compared to merge: ``"features"`` after attention (DiffRate), attention ``"keys"``, or
-            ``"bipartite"``, the alternating pairs of ToMe (inference only).
+            ``"bipartite"``, the keys of alternating pairs as in ToMe, where nothing is pruned.
         clamp_sizes: Whether a merged token counts for at least one; False is the official inference rule.
     """
 
@@ -144,6 +151,8 @@ class TokenState:
         mask = torch.ones_like(ranked.scores) if self.mask is None else self.mask
         living = mask.new_full((), float(mask.shape[1])) if self.living is None else self.living
         alive = mask.detach() > 0.5
+        if self.rules.matching == "bipartite":
+            return self._mask_bipartite(x, _keys(ranked), plan, mask, alive, living)
         rank = token_ranks(ranked.scores, alive)
         if len(plan.kept) == 2:
             mask = mask * straight_through_mask(rank, plan.kept[0].detach(), plan.survival[0], alive, living)
@@ -166,6 +175,22 @@ class TokenState:
         if self.group is not None:
             self.group = index.gather(1, self.group)
         patches = merge_tokens(patches, patches, index, moves)
+        return torch.cat([x[:, : self.prefix], patches], 1) if self.prefix else patches
+
+    def _mask_bipartite(
+        self, x: Tensor, keys: Tensor, plan: KeptPlan, mask: Tensor, alive: Tensor, living: Tensor
+    ) -> Tensor:
+        rank, nearest = bipartite_order(keys, alive)
+        kept = torch.maximum(plan.kept[-1].detach(), (living / 2).ceil())
+        place = torch.arange(mask.shape[1], device=mask.device)
+        where = torch.where(alive & (rank >= kept), nearest, place)
+        size = torch.ones_like(mask, dtype=torch.float32) if self.size is None else self.size
+        patches, total = merge_weighted(x[:, self.prefix :], size, where)
+        self.size = torch.where(total > 0, total, size)
+        if self.group is not None:
+            self.group = where.gather(1, self.group)
+        self.mask = mask * straight_through_mask(rank, kept, plan.survival[-1], alive, living)
+        self.living = torch.minimum(living, kept)
         return torch.cat([x[:, : self.prefix], patches], 1) if self.prefix else patches
 
     # Sliced: tokens that are dropped leave the tensor.

@@ -340,7 +340,14 @@ def truth(data):
 
 @pytest.mark.parametrize(
     ("estimator", "accumulation", "rtol"),
-    [("ghost", 1, 0.05), ("ghost", 2, 0.05), ("vmap", 1, 0.05), ("micro_batch", 8, 0.1), ("auto", 8, 0.1)],
+    [
+        ("ghost", 1, 0.05),
+        ("ghost", 2, 0.05),
+        ("vmap", 1, 0.05),
+        ("vmap", 2, 0.05),
+        ("micro_batch", 8, 0.1),
+        ("auto", 8, 0.1),
+    ],
 )
 def test_statistics_are_those_of_the_data(estimator, accumulation, rtol):
     data = rows(480)
@@ -351,6 +358,28 @@ def test_statistics_are_those_of_the_data(estimator, accumulation, rtol):
     trace, square = truth(data)
     assert callback.controller.statistics["trace"] == pytest.approx(trace, rel=rtol)
     assert callback.controller.statistics["square"] == pytest.approx(square, rel=0.1)
+
+
+def test_a_layer_without_a_rule_counts():
+    class Scaled(Silent):
+        def __init__(self):
+            super().__init__(lr=1e-12)
+            self.scale = nn.Parameter(torch.full((3,), 2.0, dtype=torch.double))
+
+        def loss(self, x, y):
+            return (self.scale * self.linear(x) - y).square().sum(1).mean()
+
+    data = rows(480)
+    module = Scaled()
+    gradients = []
+    for x, y, _ in data:
+        found = torch.autograd.grad(module.loss(x[None], y[None]), list(module.parameters()))
+        gradients.append(torch.cat([g.flatten() for g in found]))
+    keep = LinearRamp(increment=1, every=10**9, start=16)
+    callback = AdaptiveBatchSize(policy=keep, estimator="vmap", smoothing=0.999, max_samples=None)
+    grown(callback, module, loader(8, data=data), accumulate_grad_batches=2)
+    trace = torch.stack(gradients).var(0).sum().item()
+    assert callback.controller.statistics["trace"] == pytest.approx(trace, rel=0.05)
 
 
 def test_a_quadratic_gets_its_closed_form():

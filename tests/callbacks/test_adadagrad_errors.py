@@ -50,6 +50,7 @@ def fit(callback, module=None, train=None, *others, **arguments):
         ({"max_micro_batch_size": 2.5}, "max_micro_batch_size must be a positive integer, got 2.5"),
         ({"interval": True}, "interval must be a positive integer, got True"),
         ({"max_samples": -1}, "max_samples must be a positive integer, got -1"),
+        ({"min_readings": 0}, "min_readings must be a positive integer, got 0"),
         ({"estimator": "per_sample"}, "estimator must be one of .'auto', 'micro_batch', 'ghost', 'vmap', 'difference'"),
         ({"mode": "sampler"}, "mode must be 'loader' or 'accumulate', got 'sampler'"),
         ({"growth": 1.0}, "growth must be above 1, got 1.0"),

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lightning_hpo import TokenCompression, vit_macs
+from lightning_hpo import TokenCompression, apply_token_compression, vit_macs
 from lightning_hpo.functional.compression.diffrate import candidate_counts, kept_tokens
 from lightning_hpo.nn.diffrate import attach, remove_token_compression
 from lightning_hpo.nn.timm_models import describe
@@ -290,3 +290,17 @@ def test_a_copy_of_the_module_in_the_middle_of_learning():
     for twin in copies:
         assert torch.isfinite(twin(x)).all()
         assert type(remove_token_compression(twin)) is VisionTransformer
+
+
+def test_pairs_meet_the_budget_and_are_evaluated_as_learned():
+    compression, module = learned(target=0.7, steps=60, matching="bipartite")
+    schedule = compression.schedule
+    assert schedule.matching == "bipartite"
+    assert schedule.macs / vit_macs(module.network) == pytest.approx(0.7, abs=0.03)
+    assert all(before == kept for before, kept, _ in schedule.running())
+    apply_token_compression(module.network, schedule)
+    lengths = []
+    for block in module.network.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    module.eval()(next(iter(TinyImages(8).val_dataloader()))[0])
+    assert tuple(lengths) == schedule.merge

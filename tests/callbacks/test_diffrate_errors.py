@@ -61,7 +61,7 @@ def train(module, compression=None, *extra, **arguments):
         ({"macs_weight": 0.0}, "macs_weight must be positive"),
         ({"macs_loss": "squared"}, "macs_loss must be 'relative' or 'absolute'"),
         ({"importance": "cls"}, "importance must be 'class' or 'mean'"),
-        ({"matching": "bipartite"}, "matching must be 'features' or 'keys'"),
+        ({"matching": "values"}, "matching must be 'features', 'keys' or 'bipartite'"),
         ({"size_rule": "none"}, "size_rule must be 'clamped' or 'unclamped'"),
         ({"total_steps": 0}, "total_steps must be a positive integer"),
     ],

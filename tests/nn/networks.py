@@ -118,6 +118,7 @@ def schedule_of(layout, raw, granularity=1):
 def learn(model, raw=None, granularity=1, **rules):
     """Attaches raw rates as the callback does, and the schedule they amount to; returns all three parts."""
     anatomy = anatomy_of(model)
+    anatomy = anatomy.merging_pairs() if rules.get("matching") == "bipartite" else anatomy
     if raw is None:
         raw = falling_rates(anatomy.layout, granularity, dtype=next(model.parameters()).dtype)
     state = attach(anatomy, **rules, granularity=granularity, probabilities=lambda: raw.softmax(-1))

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,37 @@ def test_networks_are_found_outermost_first():
 
     assert list(find_networks(Holder())) == ["vision", "compiled._orig_mod", "rest.inner.1"]
     assert list(find_networks(tiny())) == [""]
+
+
+def test_a_schedule_carries_its_rules():
+    """What it was learned with is what it is applied with, unless the call says otherwise."""
+    model = networks.build("class token")
+    tokens = networks.anatomy_of(model).layout.cost.entry[0]
+    plain = TokenCompressionSchedule.constant(r=2, depth=len(model.blocks), tokens=tokens)
+    paired = replace(plain, matching="bipartite", importance="mean", size_rule="unclamped")
+    assert TokenCompressionSchedule.from_dict(paired.to_dict()) == paired
+    x, logits = networks.images(model), []
+    with torch.no_grad():
+        for schedule, rules in (
+            (paired, {}),
+            (plain, {"matching": "bipartite", "importance": "mean", "size_rule": "unclamped"}),
+            (paired, {"matching": "features", "importance": "class", "size_rule": "clamped"}),
+            (plain, {}),
+        ):
+            logits.append(apply_token_compression(model, schedule, **rules)(x))
+            remove_token_compression(model)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[2], logits[3])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_pairs_can_neither_prune_nor_lose_more_than_half():
+    model = networks.build("class token")
+    tokens, depth = networks.anatomy_of(model).layout.cost.entry[0], len(model.blocks)
+    pruning = TokenCompressionSchedule.constant(r=2, depth=depth, tokens=tokens, kind="prune")
+    steep = TokenCompressionSchedule.constant(r=tokens - 3, depth=depth, tokens=tokens)
+    with pytest.raises(ValueError, match=r"blocks \[0, 1.*\] prune"):
+        apply_token_compression(model, pruning, matching="bipartite")
+    with pytest.raises(ValueError, match=r"blocks \[0.*\] give up more than half"):
+        apply_token_compression(model, steep, matching="bipartite")
+    apply_token_compression(model, steep)  # any number may merge into one there

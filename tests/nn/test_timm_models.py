@@ -68,8 +68,10 @@ def test_undo_is_exact(name):
         (torch.float64, {"size_rule": "unclamped"}),
         (torch.float64, {"matching": "keys", "size_rule": "unclamped", "importance": "mean"}),
         (torch.float64, {"granularity": 5}),
+        (torch.float64, {"matching": "bipartite"}),
+        (torch.float32, {"matching": "bipartite"}),
     ],
-    ids=["double", "single", "keys", "unclamped", "mean", "granularity"],
+    ids=["double", "single", "keys", "unclamped", "mean", "granularity", "pairs", "pairs-single"],
 )
 @every_network
 def test_masked_training_equals_sliced_inference(name, dtype, rules):
@@ -96,6 +98,17 @@ def test_gradient_reaches_every_learnable_row(name):
     if read_by_nobody:
         assert not reached[:, -1].any()
         assert model.global_pool == "token"
+
+
+@every_network
+def test_gradient_reaches_the_rates_of_pairs(name):
+    """The first block among them, where DiffRate spares it and ToMe does not."""
+    model = networks.build(name, torch.float64)
+    anatomy, raw, _ = networks.learn(model, matching="bipartite")
+    assert raw.shape[0] == 1
+    assert (anatomy.layout.blocks[0] == 0) == (name != "CAFormer")
+    model.train()(networks.images(model)).square().sum().backward()
+    assert (raw.grad.abs().sum(-1) > 1e-12)[:, :-1].all()
 
 
 @every_network

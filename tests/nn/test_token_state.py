@@ -186,6 +186,28 @@ def test_bipartite_keeps_sizes_and_groups():
     assert state.size.sum(1).tolist() == [PATCHES, PATCHES]
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_masked_pairs_equal_sliced_pairs_one_block_after_another(prefix):
+    """Also where more than half of the tokens would have to go, and where none has to."""
+    masked, sliced = (state_of(prefix, matching="bipartite") for _ in range(2))
+    whole = short = tokens(prefix)[0]
+    for block, kept in enumerate([8, 8, 6, 1, 2, 1]):
+        keys = tokens(prefix, block)[1].keys
+        survival = survival_probability(torch.rand(1, PATCHES).softmax(-1), PATCHES)
+        plan = KeptPlan(torch.tensor([float(kept)]), survival)
+        before = masked.mask.clone() if masked.mask is not None else torch.ones(2, PATCHES)
+        whole = masked.mask_tokens(whole, RankedTokens(torch.ones(2, PATCHES), keys), plan)
+        positions = torch.arange(PATCHES).expand(2, -1) if sliced.positions is None else sliced.positions
+        ranked = RankedTokens(torch.ones_like(positions), take(keys, positions))
+        short = sliced.slice_tokens(short, ranked, PATCHES + prefix, kept + prefix)
+        assert masked.living.item() == short.shape[1] - prefix == max(kept, -(-int(before[0].sum()) // 2))
+        torch.testing.assert_close(take(whole[:, prefix:], sliced.positions), short[:, prefix:])
+        torch.testing.assert_close(masked.size.gather(1, sliced.positions), sliced.size)
+        assert torch.equal(masked.group, sliced.positions.gather(1, sliced.group))
+        assert masked.mask.gather(1, sliced.positions).eq(1).all()
+        assert masked.mask.sum(1).eq(masked.living).all()
+
+
 def test_merging_is_off_where_it_would_keep_more_than_pruning():
     """As at the start, where both counts are equal: nothing merges, and the merge rates feel the budget alone."""
     for prune, merge in [(5, 5), (5, 8)]:

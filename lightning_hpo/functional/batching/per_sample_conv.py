@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple, Self
 
@@ -20,6 +20,9 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KERNEL_ALONE = [False, True, False]  # of the gradients of input, kernel and bias
 _LARGE = 10**7  # multiplications for one sample
 _WORTH_SLIDING = 16  # fewer rows than this make for slow matrix products
+_MANY_PLACES = 64  # with fewer, writing the gradients takes oneDNN longer than multiplying them out
+_MANY_CHANNELS = 6  # of a group's inputs, or oneDNN is no faster than products of columns
+_FAR = 1.7  # by which oneDNN is faster at multiplying
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,36 @@ class ConvGeometry:
         return _CONVOLUTIONS[len(self.stride)](inputs, kernel, None, self.stride, 0, self.dilation, self.groups)
 
     def kernel_gradient(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The gradient of the kernel, summed over samples, from padded inputs and gradients of the outputs."""
+        """The gradient of the kernel, summed over samples, from inputs and gradients of the outputs."""
         nothing = [0] * len(self.stride)
+        before, after = self.padding[-2::-2], self.padding[::-2]  # first dimension first
+        padding = before if self.mode == "zeros" and before == after else nothing
+        inputs = inputs if any(padding) else self.padded(inputs)
         kernel = inputs.new_empty(1).expand(self.shape)  # only its shape is looked at
-        moves = (self.stride, nothing, self.dilation, False, nothing, self.groups)
+        moves = (self.stride, padding, self.dilation, False, nothing, self.groups)
         return torch.ops.aten.convolution_backward(outputs, inputs, kernel, None, *moves, _KERNEL_ALONE)[1]
+
+    def kernel_gradients(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The gradients of the kernel for each sample: a convolution of one sample that has the samples as its groups.
+
+        Args:
+            inputs: Shape ``(n, channels, *size)``.
+            outputs: Gradients of the outputs, shape ``(n, outputs, *places)``.
+
+        Returns:
+            Shape ``(n, *shape)``.
+
+        Example:
+            >>> geometry = ConvGeometry.of(nn.Conv1d(1, 1, 2))
+            >>> inputs, outputs = torch.tensor([[[3.0, 4.0]], [[5.0, 6.0]]]), torch.tensor([[[1.0]], [[2.0]]])
+            >>> geometry.kernel_gradients(inputs, outputs).flatten(1)
+            tensor([[ 3.,  4.],
+                    [10., 12.]])
+        """
+        samples, (kernels, *kernel) = len(inputs), self.shape
+        together = replace(self, shape=torch.Size((samples * kernels, *kernel)), groups=samples * self.groups)
+        gradients = together.kernel_gradient(inputs.flatten(0, 1)[None], outputs.flatten(0, 1)[None])
+        return gradients.view(samples, *self.shape)
 
 
 class ConvFactors(Factors):
@@ -145,21 +173,25 @@ class ConvFactors(Factors):
 
     @override
     def squared_norms(self) -> Tensor:
-        if self._large():
-            ((x, b),) = self.calls
-            return torch.cat([squares(self._gradient(x[i : i + 1], b[i : i + 1])[None]) for i in range(len(x))])
+        if self._convolves():
+            return rows(squares(gradients) for gradients in self._gradients())
         of_groups = rows(_squared_norms(calls) for calls in self._columns())
         return of_groups.view(-1, self.geometry.groups).sum(1) if self.geometry.groups > 1 else of_groups
 
     @override
     def inner_products(self, gradient: Tensor) -> Tensor:
         return accumulated(
-            rows(dots(self.geometry.convolved(x, gradient.to(x.dtype)), b) for _, x, b in self._chunks(*call))
+            rows(
+                dots(self.geometry.convolved(self.geometry.padded(x), gradient.to(x.dtype)), b)
+                for _, x, b in self._chunks(*call)
+            )
             for call in self.calls
         )
 
     @override
     def second_moments(self) -> Tensor:
+        if self._convolves():
+            return accumulated(gradients.square_().sum(0) for gradients in self._gradients())
         outputs, inputs, *_ = self.shape
 
         def parts() -> Iterator[Tensor]:
@@ -184,21 +216,42 @@ class ConvFactors(Factors):
     def joined(cls, calls: Sequence[Self]) -> Self:
         return cls([pair for call in calls for pair in call.calls], calls[0].geometry)
 
-    def _large(self) -> bool:
-        """Whether torch's own kernel, called for each sample, is faster on the CPU than products of columns."""
-        (x, b), *others = self.calls
-        if others or x.device.type != "cpu" or x.dtype == torch.float64 or not len(x):
+    def _convolves(self) -> bool:
+        """Whether convolutions of torch give the gradients faster than products of columns do; only on the CPU."""
+        first, _ = self.calls[0]
+        if first.device.type != "cpu" or working(first[:0]).dtype != torch.float32 or not len(first):
             return False
-        places, outputs, d = math.prod(b.shape[2:]), self.shape[0] // self.geometry.groups, self.shape[1:].numel()
-        return places * (outputs + d) > outputs * d and places * self.shape.numel() > _LARGE
+        places, outputs, d = self._places(), self.shape[0] // self.geometry.groups, self.shape[1:].numel()
+        return self._grouped() or (places * (outputs + d) > outputs * d and places * self.shape.numel() > _LARGE)
 
-    def _gradient(self, x: Tensor, b: Tensor) -> Tensor:
-        return self.geometry.kernel_gradient(self.geometry.padded(working(x)), working(b))
+    def _grouped(self) -> bool:
+        """Whether oneDNN is at hand, and good at these shapes."""
+        here = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+        fits = self.shape[1] >= _MANY_CHANNELS and self.shape[2:].numel() > 1 and self._places() > _MANY_PLACES
+        return here and fits and (len(self.calls) > 1 or not self._pairs_are_far_cheaper())
+
+    def _pairs_are_far_cheaper(self) -> bool:
+        """Whether products of pairs of places multiply so much less that slower products are worth it."""
+        geometry, (_, b), d = self.geometry, self.calls[0], self.shape[1:].numel()
+        points, first, *others = geometry.shape[2] if geometry.slides else 1, *b.shape[2:]
+        length = (first + (points - 1) * geometry.dilation[0]) * math.prod(others)
+        return _FAR * _pairs(length, d // points, first * math.prod(others), self.shape[0] // geometry.groups) < (
+            self._places() * self.shape[0] // geometry.groups * d
+        )
+
+    def _places(self) -> int:
+        return sum(b.shape[2:].numel() for _, b in self.calls)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Gradients of a few samples at a time, as many as fit; of single samples, if they are large."""
+        first, _ = self.calls[0]
+        held = sum(x.shape[1:].numel() + b.shape[1:].numel() for x, b in self.calls) + self.shape.numel()
+        for part in chunks(first, held) if self._grouped() else (slice(i, i + 1) for i in range(len(first))):
+            yield accumulated(self.geometry.kernel_gradients(working(x[part]), working(b[part])) for x, b in self.calls)
 
     def _columns(self) -> Iterator[list["_Columns"]]:
         """All calls of a few samples at a time, as many as fit with all that is made of them."""
-        geometry, (first, _) = self.geometry, self.calls[0]
-        places = sum(b.shape[2:].numel() for _, b in self.calls)
+        geometry, (first, _), places = self.geometry, self.calls[0], self._places()
         points = geometry.shape[2] if geometry.slides else 1
         columns = places * (geometry.groups * geometry.shape[1:].numel() // points + geometry.shape[0])
         for part in chunks(first, columns + geometry.shape.numel() // points):
@@ -212,7 +265,7 @@ class ConvFactors(Factors):
 
     def _chunks(self, x: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for part in chunks(x, 2 * (x.shape[1:].numel() + b.shape[1:].numel())):
-            yield part, self.geometry.padded(working(x[part])), working(b[part])
+            yield part, working(x[part]), working(b[part])
 
 
 class _Columns(NamedTuple):
@@ -224,7 +277,12 @@ class _Columns(NamedTuple):
 
     def pairs_are_cheaper(self) -> bool:
         (seen, length), (outputs, places) = self.inputs.shape[1:], self.outputs.shape[1:]
-        return length**2 * seen + places**2 * outputs < len(self.parts) * places * seen * outputs
+        return _pairs(length, seen, places, outputs) < len(self.parts) * places * seen * outputs
+
+
+def _pairs(length: int, seen: int, places: int, outputs: int) -> int:
+    """Multiplications for the products of all pairs of columns and of all pairs of places."""
+    return length**2 * seen + places**2 * outputs
 
 
 def _squared_norms(calls: list[_Columns]) -> Tensor:
@@ -240,4 +298,12 @@ def _squared_norms(calls: list[_Columns]) -> Tensor:
 def _gradients(calls: list[_Columns]) -> Iterator[Tensor]:
     """Gradients of every group of every sample, for one point of the kernel along the first dimension at a time."""
     for points in zip(*(call.parts for call in calls), strict=True):
-        yield accumulated(call.outputs @ call.inputs[:, :, point].mT for call, point in zip(calls, points, strict=True))
+        yield accumulated(
+            _product(call.outputs, call.inputs[:, :, point]) for call, point in zip(calls, points, strict=True)
+        )
+
+
+def _product(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Products over places; matrix products with few columns are slower than those with few rows."""
+    narrow = inputs.shape[1] < _WORTH_SLIDING and inputs.shape[1] < outputs.shape[1]
+    return (inputs @ outputs.mT).mT.contiguous() if narrow else outputs @ inputs.mT

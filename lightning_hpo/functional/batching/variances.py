@@ -168,5 +168,7 @@ def coordinate_batch(
 
 def _per_freedom(scatter: Tensor, count: Tensor | float) -> Tensor:
     """The sum of squared deviations per degree of freedom; not a number where there is none."""
-    freedom = torch.as_tensor(count, dtype=scatter.dtype, device=scatter.device) - 1
+    if not isinstance(count, Tensor):
+        return scatter / (count - 1) if count > 1 else torch.full_like(scatter, math.nan)
+    freedom = count.to(scatter) - 1
     return torch.where(freedom > 0, scatter / freedom, math.nan)

@@ -22,13 +22,13 @@ class PerSampleStatistics:
 
     Args:
         squared_norms: :math:`\|g_i\|^2`, shape ``(n,)``.
-        gradient_sum: :math:`\sum_i g_i` by the name of the parameter.
+        gradient_sum: :math:`\sum_i g_i` by the name of the parameter, if asked for.
         inner_products: :math:`\langle g_i, g \rangle`, shape ``(n,)``, if a gradient ``g`` was given.
         second_moments: :math:`\sum_i g_i^2` of every coordinate by the name of the parameter, if asked for.
     """
 
     squared_norms: Tensor
-    gradient_sum: dict[str, Tensor] = field(repr=False)
+    gradient_sum: dict[str, Tensor] | None = field(default=None, repr=False)
     inner_products: Tensor | None = None
     second_moments: dict[str, Tensor] | None = field(default=None, repr=False)
 
@@ -41,6 +41,7 @@ def per_sample_statistics(
     gradients: Mapping[str, Tensor] | None = None,
     moments: bool = False,
     max_samples: int | None = None,
+    sums: bool = True,
 ) -> PerSampleStatistics:
     """Differentiates the loss for each sample as a batch of one, and keeps sums.
 
@@ -53,6 +54,7 @@ def per_sample_statistics(
         gradients: A gradient to take inner products with; a name that is missing counts as zero.
         moments: Whether to sum the squares of every coordinate.
         max_samples: Only look at the first so many samples.
+        sums: Whether to sum the gradients; it takes one more pass over them.
 
     Returns:
         The statistics.
@@ -82,7 +84,7 @@ def per_sample_statistics(
 
     differentiate = torch.func.vmap(torch.func.grad(sample_loss), in_dims=(None, 0), randomness="different")
     parameters = {name: value.detach() for name, value in params.items()}
-    sums = _Sums(gradients, moments)
+    kept = _Sums(gradients, moments, sums)
     for start in range(0, samples, chunk_size):
         part = slice(start, min(start + chunk_size, samples))
         try:
@@ -90,16 +92,16 @@ def per_sample_statistics(
                 chunk = differentiate(parameters, [leaves[place][part] for place in places])
         except (RuntimeError, ValueError) as error:  # BatchNorm raises ValueError for a batch of one
             raise RuntimeError(_explained(error)) from error
-        sums.add(chunk)
+        kept.add(chunk)
         del chunk  # or two chunks would be there at once
-    return sums.statistics()
+    return kept.statistics()
 
 
 class _Sums:
     """Adds up chunks of gradients."""
 
-    def __init__(self, gradients: Mapping[str, Tensor] | None, moments: bool) -> None:
-        self.gradients, self.moments = gradients, moments
+    def __init__(self, gradients: Mapping[str, Tensor] | None, moments: bool, sums: bool) -> None:
+        self.gradients, self.moments, self.sums = gradients, moments, sums
         self.norms: list[Tensor] = []
         self.inner: list[Tensor] = []
         self.total: dict[str, Tensor] = {}
@@ -110,19 +112,19 @@ class _Sums:
         rows = {name: (g.float() if g.dtype.itemsize < 4 else g).flatten(1) for name, g in chunk.items()}
         self.norms.append(torch.stack([torch.linalg.vector_norm(g, dim=1) for g in rows.values()]).square().sum(0))
         if self.gradients is not None:
-            given = self.gradients
-            self.inner.append(
-                torch.stack([g @ given[n].detach().to(g.dtype).flatten() for n, g in rows.items() if n in given]).sum(0)
-            )
+            given = {name: g.detach().flatten() for name, g in self.gradients.items() if name in rows}
+            products = [rows[name] @ g.to(rows[name].dtype) for name, g in given.items()]
+            self.inner.append(torch.stack(products or [torch.zeros_like(self.norms[-1])]).sum(0))
         for name, g in rows.items():
-            _add(self.total, name, (g.new_ones(len(g)) @ g).view(chunk[name].shape[1:]))  # faster than g.sum(0)
+            if self.sums:
+                _add(self.total, name, (g.new_ones(len(g)) @ g).view(chunk[name].shape[1:]))  # faster than g.sum(0)
             if self.moments:
                 _add(self.squares, name, g.square().sum(0).view(chunk[name].shape[1:]))
 
     def statistics(self) -> PerSampleStatistics:
         return PerSampleStatistics(
             torch.cat(self.norms),
-            self.total,
+            self.total if self.sums else None,
             torch.cat(self.inner) if self.gradients is not None else None,
             self.squares if self.moments else None,
         )

@@ -4,7 +4,15 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["constant_drop", "kept_counts", "running_counts", "segments", "store_integers", "whole_number"]
+__all__ = [
+    "constant_drop",
+    "halved_at_most",
+    "kept_counts",
+    "running_counts",
+    "segments",
+    "store_integers",
+    "whole_number",
+]
 
 
 def whole_number(value: object) -> int | None:
@@ -78,8 +86,32 @@ def running_counts(
     return tuple(counts)
 
 
+def halved_at_most(kept: Sequence[int], entry: Sequence[int], prefix: int) -> tuple[int, ...]:
+    """Tokens that really stay where patches merge in pairs, so that a block gives up at most half of them.
+
+    Args:
+        kept: Tokens that each block is to keep.
+        entry: Tokens entering each block when nothing is compressed.
+        prefix: Tokens among them that never merge.
+
+    Returns:
+        Tokens that leave each block.
+
+    Example:
+        >>> halved_at_most([9, 4, 2], [9, 9, 9], prefix=1)
+        (9, 5, 3)
+    """
+    left = []
+    for start, stop in segments(entry):
+        alive = entry[start] - prefix
+        for count in kept[start:stop]:
+            alive = min(alive, max(count - prefix, (alive + 1) // 2))
+            left.append(alive + prefix)
+    return tuple(left)
+
+
 def constant_drop(
-    r: float, entry: Sequence[int], floor: int, first: int = 0
+    r: float, entry: Sequence[int], floor: int, first: int = 0, halves: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens before and after each block when every block from `first` on gives up `r`.
 
@@ -90,6 +122,8 @@ def constant_drop(
         entry: Tokens entering each block when nothing is compressed.
         floor: Fewest tokens ever left.
         first: Blocks before this one give up nothing.
+        halves: Whether no block can give up more than half of its patches, as where they merge in pairs; ``floor``
+            then counts one patch and the prefix.
 
     Returns:
         Tokens that enter each block and tokens that leave it.
@@ -99,12 +133,15 @@ def constant_drop(
         ((9, 7, 6, 4), (7, 6, 4, 3))
         >>> constant_drop(4, [9, 9, 9, 9], floor=2, first=1)
         ((9, 9, 5, 2), (9, 5, 2, 2))
+        >>> constant_drop(4, [9, 9, 9, 9], floor=2, first=1, halves=True)
+        ((9, 9, 5, 3), (9, 5, 3, 2))
     """
     entering: list[int] = []
     leaving: list[int] = []
     for start, stop in segments(entry):
         steps = [max(0, block + 1 - max(start, first)) for block in range(start, stop)]
         left = [max(floor, entry[start] - math.floor(r * step + 0.5)) for step in steps]
+        left = list(halved_at_most(left, entry[start:stop], floor - 1)) if halves else left
         entering += [entry[start], *left[:-1]]
         leaving += left
     return tuple(entering), tuple(leaving)

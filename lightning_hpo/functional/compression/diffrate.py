@@ -12,6 +12,7 @@ __all__ = [
     "initial_probabilities",
     "kept_plan",
     "kept_tokens",
+    "probabilities_with_mean",
     "straight_through_mask",
     "survival_probability",
     "token_ranks",
@@ -22,6 +23,7 @@ __all__ = [
 _CEIL_TOLERANCE = 1e-3
 # On handwritten digits a bound of 1 makes all blocks alike, one of 1000 stalls above tight budgets; 10 to 100 do well.
 _DEAD_PULL = 10.0
+_STEEPEST = 2.0  # logit from one count to the next: steeper distributions hardly move their mean, nor learn
 _PRUNE_LOGIT = 6.0  # of the largest count when pruning begins; the smallest has its negative
 
 
@@ -124,6 +126,33 @@ def initial_probabilities(kinds: int, blocks: int, candidates: int) -> Tensor:
     prune = torch.linspace(_PRUNE_LOGIT, -_PRUNE_LOGIT, candidates).softmax(0)
     rows = torch.stack([prune, merge])[2 - kinds :]
     return rows[:, None, :].expand(kinds, blocks, candidates).clone()
+
+
+def probabilities_with_mean(count: float, candidates: Tensor) -> Tensor:
+    r"""The flattest probabilities whose expected count rounds up to ``count``.
+
+    Of all distributions with a given mean the one of largest entropy, :math:`p_i \propto e^{\lambda c_i}`. The mean is
+    half a token below the count, away from both integers, and inside the range of the candidates.
+
+    Args:
+        count: Patches to keep.
+        candidates: Patch counts from :func:`candidate_counts`, shape ``(candidates,)``.
+
+    Returns:
+        Positive probabilities, shape of ``candidates``.
+
+    Example:
+        >>> candidates = candidate_counts(49)
+        >>> kept_tokens(probabilities_with_mean(43, candidates), candidates, prefix=0)
+        tensor(43.)
+    """
+    values = candidates.double()
+    low, high = -_STEEPEST, _STEEPEST
+    for _ in range(60):  # bisection to the last bit
+        slope = (low + high) / 2
+        below = ((slope * values).softmax(0) * values).sum() < count - 0.5
+        low, high = (slope, high) if below else (low, slope)
+    return (slope * values).softmax(0).float().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class KeptPlan(NamedTuple):

@@ -1,8 +1,11 @@
 """Attention under a differentiable token mask."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["masked_attention", "masked_softmax"]
 
@@ -77,24 +80,80 @@ def masked_attention(
         >>> torch.allclose(out[:, :, :2], sliced, atol=1e-6)
         True
     """
-    width = query.shape[-1]
-    scale = width**-0.5 if scale is None else scale
-    spare = _spare_columns(width + 2, query.device)
-    live = mask[:, None, :, None].to(value.dtype).expand(*value.shape[:-1], 1)
-    tilt = bias[:, None, :, None].to(key.dtype).expand_as(live)
-    with torch.no_grad():
-        self_logit = (query * key).sum(-1, keepdim=True) + tilt / scale
-    zeros = torch.zeros((), dtype=value.dtype, device=value.device).expand(*value.shape[:-1], spare + 1)
-    extra = F.pad(zeros.new_ones(1), (width + 1, spare)).expand(*value.shape[:2], 1, -1)  # key and value alike
-    wide_query = torch.cat([query, torch.ones_like(live), self_logit, zeros[..., :spare]], -1)
-    wide_key = torch.cat([torch.cat([key, tilt / scale, zeros], -1), extra], -2)
-    wide_value = torch.cat([torch.cat([value * live, live, zeros], -1), extra], -2)
-    sums = F.scaled_dot_product_attention(wide_query, wide_key, wide_value, scale=scale)
-    plain, total, self_share, _ = sums.split([width, 1, 1, spare], -1)
-    own = self_share.detach() * (1 - live)
-    seen = (total + own).clamp(min=_FAINT if value.dtype == torch.float16 else _TINY)
-    out = torch.addcmul(plain, own, value) / seen
-    return torch.lerp(out.detach(), out, (seen.detach() / _FAINT).clamp(max=1.0))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    wide: tuple[Tensor, Tensor, Tensor] = _Widen.apply(query, key, value, mask.to(value.dtype), bias / scale)
+    sums = F.scaled_dot_product_attention(*wide, scale=scale)
+    out: Tensor = _Divide.apply(sums, value, mask.to(value.dtype))
+    return out
+
+
+class _Widen(torch.autograd.Function):
+    """The columns and the key that make one fused call return both sums and each token's attention to itself.
+
+    Written into place at once, because copies of copies cost as much as the attention of a small network.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tilt: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *grid, tokens, width = query.shape
+        ones, own = width, width + 1  # columns: what every key adds or every value counts; a token's own logit or share
+        columns = width + 2 + _spare_columns(width + 2, query.device)
+        live, tilt = mask[:, None, :], tilt[:, None, :]
+        wide_query = query.new_zeros(*grid, tokens, columns)
+        wide_query[..., :width] = query
+        wide_query[..., ones] = 1
+        wide_query[..., own] = (query * key).sum(-1) + tilt
+        wide_key = key.new_zeros(*grid, tokens + 1, columns)
+        wide_key[..., :tokens, :width] = key
+        wide_key[..., :tokens, ones] = tilt
+        wide_value = value.new_zeros(*grid, tokens + 1, columns)
+        torch.mul(value, live[..., None], out=wide_value[..., :tokens, :width])
+        wide_value[..., :tokens, ones] = live
+        wide_key[..., tokens, own] = wide_value[..., tokens, own] = 1
+        ctx.save_for_backward(value, mask)
+        return wide_query, wide_key, wide_value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        value, mask = ctx.saved_tensors
+        tokens, width = value.shape[-2:]
+        of_query, of_key, of_value = grads
+        of_live = of_value[..., :tokens, : width + 1]
+        of_mask = (of_live[..., :width] * value).sum((1, -1)) + of_live[..., width].sum(1)
+        of_tilt = of_key[..., :tokens, width].sum(1) if ctx.needs_input_grad[4] else None
+        through = of_live[..., :width] * mask[:, None, :, None]
+        return of_query[..., :width], of_key[..., :tokens, :width], through, of_mask, of_tilt
+
+
+class _Divide(torch.autograd.Function):
+    """One sum over the other, the token's own share added to both; backwards faint rows shrink."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        width = value.shape[-1]
+        plain, total, share = sums[..., :width], sums[..., width, None], sums[..., width + 1, None]
+        own = share * (1 - mask[:, None, :, None])
+        seen = (total + own).clamp_(min=_FAINT if value.dtype == torch.float16 else _TINY)
+        out = torch.addcmul(plain, own, value).div_(seen)
+        ctx.save_for_backward(sums, value, own, seen, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sums, value, own, seen, out = ctx.saved_tensors
+        width = value.shape[-1]
+        grad = grad / seen.clamp(min=_FAINT)
+        of_seen = (grad * out).sum(-1)
+        of_sums = torch.zeros_like(sums)
+        of_sums[..., :width] = grad
+        of_sums[..., width] = -of_seen
+        of_own = (grad * value).sum(-1) - of_seen
+        of_mask = (sums[..., width + 1] * of_own).sum(1).neg()
+        return of_sums, grad.mul_(own), of_mask
 
 
 def _spare_columns(width: int, device: torch.device) -> int:

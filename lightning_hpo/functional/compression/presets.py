@@ -113,6 +113,7 @@ def constant_at_macs(
     prefix: int = 1,
     kind: Literal["merge", "prune"] = "merge",
     first: int = 0,
+    halves: bool = False,
 ) -> TokenCompressionSchedule:
     r"""The constant schedule whose cost is nearest to a target; in every segment each block gives up the same number.
 
@@ -125,6 +126,7 @@ def constant_at_macs(
         prefix: Prefix tokens of the model.
         kind: Whether tokens are merged or pruned.
         first: First block that gives up tokens.
+        halves: Whether a block can give up at most half of its patches, as where they merge in pairs (ToMe).
 
     Returns:
         The schedule, with its `macs` and `full_macs`.
@@ -146,7 +148,7 @@ def constant_at_macs(
         )
 
     def macs(r: float) -> int:
-        left = constant_drop(r, cost.entry, prefix + 1, first)[1]
+        left = constant_drop(r, cost.entry, prefix + 1, first, halves)[1]
         return cost.count(left, left)
 
     low, high = 0.0, float(max(cost.entry))  # dearest and cheapest
@@ -158,6 +160,6 @@ def constant_at_macs(
     while low < (middle := (low + high) / 2) < high:  # until no number lies between
         low, high = (middle, high) if macs(middle) >= target_macs else (low, middle)
     nearest = min(low, high, key=lambda r: abs(macs(r) - target_macs))
-    entering, left = constant_drop(nearest, cost.entry, prefix + 1, first)
+    entering, left = constant_drop(nearest, cost.entry, prefix + 1, first, halves)
     prune = left if kind == "prune" else entering
     return TokenCompressionSchedule(prune, left, cost.entry, prefix, cost.count(prune, left), cost.full)

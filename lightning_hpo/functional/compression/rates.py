@@ -1,11 +1,19 @@
 """From learned kept counts to a schedule, and from a budget to a gradient."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_hpo.functional.compression.counts import halved_at_most, segments
+from lightning_hpo.functional.compression.diffrate import (
+    candidate_counts,
+    initial_probabilities,
+    probabilities_with_mean,
+)
 from lightning_hpo.functional.compression.macs import TransformerMacs
+from lightning_hpo.functional.compression.presets import constant_at_macs
 from lightning_hpo.functional.compression.schedule import TokenCompressionSchedule
 
 __all__ = ["RateLayout"]
@@ -20,6 +28,7 @@ class RateLayout:
         exempt: Blocks that never compress.
         prefix: Tokens that are always kept.
         prunes: Whether tokens may be dropped; otherwise they are only merged.
+        halves: Whether tokens merge in pairs, so that a block gives up at most half of its patches.
 
     Example:
         >>> layout = RateLayout(TransformerMacs.vit(width=8, depth=3, patches=16), (True, False, False))
@@ -31,6 +40,7 @@ class RateLayout:
     exempt: tuple[bool, ...]
     prefix: int = 1
     prunes: bool = True
+    halves: bool = False
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -67,7 +77,17 @@ class RateLayout:
         if not self.prunes:
             columns = [torch.stack([full[0], column[-1]]) for full, column in zip(nothing, columns, strict=True)]
         prune, merge = torch.stack(columns, 1)
-        return prune, merge
+        return prune, self._halved_at_most(merge) if self.halves else merge
+
+    def _halved_at_most(self, merge: Tensor) -> Tensor:
+        """Like :func:`~lightning_hpo.functional.compression.counts.halved_at_most`, without the host."""
+        left = []
+        for start, stop in segments(self.cost.entry):
+            alive = merge.new_full((), float(self.cost.entry[start] - self.prefix))
+            for count in merge[start:stop].unbind():
+                alive = torch.minimum(alive, torch.maximum(count - self.prefix, (alive / 2).ceil()))
+                left.append(alive + self.prefix)
+        return torch.stack(left)
 
     def schedule(self, kept: Tensor) -> TokenCompressionSchedule:
         """The schedule that the kept counts amount to, running minimum taken; reads them back to the host.
@@ -98,6 +118,32 @@ class RateLayout:
             macs=self.cost.count(prune, merge),
             full_macs=self.cost.full,
         )
+
+    def start(self, budget: float, granularity: int = 1) -> Tensor:
+        """Probabilities of the candidate counts to begin learning with.
+
+        Where tokens merge in pairs, every block begins with the same number of them, as the budget allows; elsewhere as
+        :func:`~lightning_hpo.functional.compression.diffrate.initial_probabilities` has it.
+
+        Args:
+            budget: Multiply-accumulates to meet.
+            granularity: Step of the candidate counts.
+
+        Returns:
+            Shape ``(kinds, blocks, candidates)``.
+
+        Example:
+            >>> cost = TransformerMacs.vit(width=8, depth=3, patches=16)
+            >>> layout = RateLayout(cost, (False,) * 3, prunes=False, halves=True)
+            >>> layout.start(budget=0.9 * cost.full).shape
+            torch.Size([1, 3, 16])
+        """
+        candidates = candidate_counts(self.patches, granularity)
+        if not self.halves:
+            return initial_probabilities(self.kinds, len(self.blocks), len(candidates))
+        constant = constant_at_macs(self.cost, budget, self.prefix, "merge", halves=True)
+        counts = [constant.merge[index] - self.prefix for index in self.blocks]
+        return torch.stack([probabilities_with_mean(count, candidates) for count in counts])[None]
 
     def budget_slope(
         self, kept: Tensor, budget: float, weight: float, unit: float, multiplier: Tensor | float = 0.0
@@ -145,6 +191,9 @@ class RateLayout:
             (620653056, 4599177216)
         """
         fewest = self.prefix + (self.patches - 1) % granularity + 1
-        least = [full if exempt else fewest for full, exempt in zip(self.cost.entry, self.exempt, strict=True)]
+        least: Sequence[int] = [
+            full if exempt else fewest for full, exempt in zip(self.cost.entry, self.exempt, strict=True)
+        ]
+        least = halved_at_most(least, self.cost.entry, self.prefix) if self.halves else least
         prune = least if self.prunes else self.cost.entry
         return self.cost.count(prune, least), self.cost.full

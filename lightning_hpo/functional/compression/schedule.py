@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["PUBLISHED_SCHEDULES", "TokenCompressionSchedule", "constant_at_macs"]
 
 _FORMAT_VERSION = 1
+_RULES = {
+    "importance": ("class", "mean"),
+    "matching": ("features", "keys", "bipartite"),
+    "size_rule": ("clamped", "unclamped"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,10 +48,13 @@ class TokenCompressionSchedule:
         prefix: Prefix tokens, which are never dropped; 0 without a class token.
         macs: Multiply-accumulates of one image under this schedule, where known.
         full_macs: Multiply-accumulates of the uncompressed model, where known.
+        importance: How patches are to be ranked, where that is not the default; see ``apply_token_compression``.
+        matching: How they are to be matched, likewise.
+        size_rule: What a merged token counts for, likewise.
 
     Raises:
         ValueError: If lengths disagree, an entry is not an integer, exceeds what enters the block or leaves fewer than
-            `prefix` + 1 tokens; all problems are listed, naming the block.
+            `prefix` + 1 tokens, or a rule is unknown; all problems are listed, naming the block.
 
     Source: DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997).
 
@@ -62,6 +70,9 @@ class TokenCompressionSchedule:
     prefix: int = 1
     macs: int | None = None
     full_macs: int | None = None
+    importance: Literal["class", "mean"] | None = None
+    matching: Literal["features", "keys", "bipartite"] | None = None
+    size_rule: Literal["clamped", "unclamped"] | None = None
 
     def __post_init__(self) -> None:
         lists = {name: getattr(self, name) for name in ("prune", "merge", "entry")}
@@ -77,6 +88,11 @@ class TokenCompressionSchedule:
             value = getattr(self, name)
             if value is not None and (whole_number(value) or 0) <= 0:
                 problems.append(f"`{name}` must be a positive integer, got {value!r}")
+        problems += [
+            f"`{name}` must be one of {allowed} or None, got {getattr(self, name)!r}"
+            for name, allowed in _RULES.items()
+            if getattr(self, name) not in (None, *allowed)
+        ]
         if problems:
             raise ValueError(f"Invalid token compression schedule: {'; '.join(problems)}.")
         for name, values in lists.items():
@@ -172,7 +188,8 @@ class TokenCompressionSchedule:
             >>> TokenCompressionSchedule([5], [4], [9]).to_dict()["format_version"]
             1
         """
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        told = {name: value for name, value in asdict(self).items() if name not in _RULES or value is not None}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
         return {"format_version": _FORMAT_VERSION, **values}
 
     @classmethod
@@ -180,7 +197,7 @@ class TokenCompressionSchedule:
         """Reads what :meth:`to_dict` wrote.
 
         Args:
-            data: The fields and `format_version`; `prefix`, `macs` and `full_macs` may be left out.
+            data: The fields and `format_version`; all but `prune`, `merge` and `entry` may be left out.
 
         Returns:
             The schedule.

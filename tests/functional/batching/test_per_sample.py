@@ -210,6 +210,41 @@ def test_large_convolutions_use_the_kernel_of_torch(name, monkeypatch):
     torch.testing.assert_close(factors.squared_norms(), columns)
 
 
+@pytest.mark.parametrize("bytes_at_a_time", [1, 2**22], ids=["one by one", "together"])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv")])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_convolutions_of_all_samples_at_once_are_those_of_single_samples(name, calls, bytes_at_a_time, monkeypatch):
+    layer, inputs, outputs = made(name)
+    rows = calls * twin(layer, inputs, outputs)["weight"].float()
+    monkeypatch.setattr(per_sample, "_CHUNK_BYTES_CPU", bytes_at_a_time)
+    for name, limit in {"_MANY_PLACES": 0, "_MANY_CHANNELS": 1, "_FAR": 10**6}.items():
+        monkeypatch.setattr(per_sample_conv, name, limit)
+    factors = layer_factors(layer.float(), inputs.float(), outputs.float())["weight"]
+    factors = type(factors).joined([factors] * calls)
+    assert factors._convolves() == (layer.weight[0, 0].numel() > 1)
+    agree(factors, rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "convolves"),
+    [
+        (nn.Conv2d(32, 64, 3), 13, True),
+        (nn.Conv2d(32, 64, 1), 13, False),  # no columns to be made
+        (nn.Conv2d(64, 64, 3), 5, False),  # few places
+        (nn.Conv2d(3, 64, 3), 13, False),  # few channels
+        (nn.Conv2d(256, 256, 3, padding=1), 14, False),  # pairs of places multiply much less
+        (nn.Conv2d(3, 64, 7, stride=2), 128, True),  # large
+    ],
+)
+def test_which_convolutions_are_worth_it(layer, size, convolves):
+    x = torch.ones(2, layer.in_channels, size, size)
+    factors = layer_factors(layer, x, layer(x).detach())["weight"]
+    assert factors._convolves() == convolves
+    doubled = layer_factors(layer.double(), x.double(), layer(x.double()).detach())["weight"]
+    assert not doubled._convolves()
+
+
 def test_memory_does_not_grow_with_the_batch(monkeypatch):
     monkeypatch.setattr(per_sample, "_CHUNK_BYTES_CPU", 2**16)
     inputs, outputs = torch.randn(200, 8, 12, 12), torch.randn(200, 8, 10, 10)

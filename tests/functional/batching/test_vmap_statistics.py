@@ -60,6 +60,9 @@ def test_what_is_not_asked_for_is_not_there():
     assert found.inner_products is None
     assert found.second_moments is None
     assert not found.squared_norms.requires_grad
+    alone = per_sample_statistics(loss, params, batch, sums=False)
+    assert alone.gradient_sum is None
+    assert torch.equal(alone.squared_norms, found.squared_norms)
     assert "conv" not in repr(found)
 
 

@@ -161,3 +161,42 @@ def test_target_out_of_reach_is_known_for_a_hierarchical_network():
     layout = hierarchical_layout()
     least, full = layout.reachable()
     assert least == layout.cost.count((36, 36, 36, 9, 9), (36, 1, 1, 9, 9)) < full == layout.cost.full
+
+
+# Tokens that merge in pairs
+
+
+def paired_layout(exempt=(False,) * DEPTH):
+    return RateLayout(TransformerMacs.vit(WIDTH, DEPTH, PATCHES, classes=10), exempt, prunes=False, halves=True)
+
+
+@pytest.mark.parametrize("exempt", [(False,) * DEPTH, (False, False, True, False, True)])
+def test_a_block_gives_up_at_most_half_and_the_cost_says_so(exempt):
+    layout = paired_layout(exempt)
+    kept = torch.tensor([[30.0, 3.0, 1.0, 1.0, 20.0]])[:, : len(layout.blocks)]
+    schedule = layout.schedule(kept)
+    expected, alive, learned = [], PATCHES, iter(kept[0].tolist())
+    for spared in exempt:
+        alive = alive if spared else min(alive, max(int(next(learned)), -(-alive // 2)))
+        expected.append(alive + 1)
+    assert schedule.merge == tuple(expected)
+    assert schedule.macs == layout.cost.count(schedule.prune, schedule.merge)
+    assert layout.budget_slope(kept, 1.0, 1.0, 1.0)[0].item() == pytest.approx(schedule.macs)
+    least, full = layout.reachable()
+    assert layout.schedule(torch.ones_like(kept)).macs == least < schedule.macs < full
+
+
+@pytest.mark.parametrize("share", [0.55, 0.7, 0.9])
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_learning_begins_with_equal_drops_at_the_budget(share, granularity):
+    layout = paired_layout()
+    budget = share * layout.cost.full
+    start = layout.start(budget, granularity)
+    assert start.shape == (1, DEPTH, len(candidate_counts(PATCHES, granularity)))
+    torch.testing.assert_close(start.sum(-1), torch.ones(1, DEPTH))
+    assert start.min() > 0
+    kept = kept_tokens(start, candidate_counts(PATCHES, granularity), prefix=0)
+    drops = -torch.diff(kept, prepend=torch.full((1, 1), float(PATCHES)))
+    if share > 0.6:  # below, the last blocks cannot give up as many any more
+        assert drops.max() - drops.min() <= 1
+    assert layout.schedule(kept).macs == pytest.approx(budget, rel=0.03)

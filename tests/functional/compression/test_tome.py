@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lightning_hpo.functional.compression.tome import bipartite_merge, grow_sizes, match_tokens, merge_tokens
+from lightning_hpo.functional.compression.tome import (
+    bipartite_merge,
+    bipartite_order,
+    grow_sizes,
+    match_tokens,
+    merge_tokens,
+)
 
 
 def cosine(a, b):
@@ -135,6 +141,26 @@ def test_bipartite_merge_equals_the_loops(tokens, kept):
             n: [i for i in range(tokens) if where[b, i] == row] for row, n in enumerate(names)
         }
     torch.testing.assert_close(total.sum(1), size.sum(1))
+
+
+@pytest.mark.parametrize("alive", [[1] * 9, [0, 1, 1, 0, 1, 1, 1, 0, 1], [0, 0, 1, 0, 1, 0, 0, 0, 0], [1] + [0] * 8])
+def test_bipartite_order_is_that_of_merging_the_living_one_by_one(alive):
+    """Also with tokens alike, of which the first one leaves first."""
+    alive = torch.tensor([alive, alive], dtype=torch.bool)
+    metric = torch.randn(2, 9, 5)
+    metric[1] = metric[1, :1].sign()
+    rank, nearest = bipartite_order(metric, alive)
+    for b in range(2):
+        living = alive[b].nonzero().flatten()
+        assert sorted(rank[b, living].tolist()) == list(range(len(living)))
+        assert sorted(rank[b].tolist()) == list(range(9))
+        for kept in range(len(living), (len(living) - 1) // 2, -1):
+            x = torch.randn(1, len(living), 2)
+            _, _, survivors, where = bipartite_merge(x, torch.ones(1, len(living)), metric[b : b + 1, living], kept)
+            stays = rank[b, living] < kept
+            assert stays.nonzero().flatten().tolist() == survivors[0].tolist()
+            place = torch.where(stays, living, nearest[b, living])
+            assert place.tolist() == living[survivors[0, where[0]]].tolist()
 
 
 def test_bipartite_merge_at_most_halves():
