@@ -1,13 +1,14 @@
-"""How many pieces do networks cut the plane of hyperparameter and weights into? Upper bounds, as logarithms.
+r"""How many pieces do networks cut the plane of hyperparameter and weights into? Upper bounds, as logarithms.
 
 With N connected pieces on which the utility is constant, the best utility over the weights oscillates at most 2 N times
 along the hyperparameter; :func:`~lightning_hpo.functional.bilevel.guarantees.pdim_from_oscillations` takes
-:math:`1 + \\log_2 N`.
+:math:`1 + \log_2 N`.
 """
 
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 __all__ = ["log2_components_activation", "log2_components_gcn", "log_components", "log_sign_vectors"]
@@ -114,7 +115,7 @@ def log2_components_activation(
         short.append(f"breakpoints must be at least 0, got {breakpoints!r}")
     _require_positive(short, examples=examples, degree=degree, **named)
     variables, power, boundaries, logs = 1, 1, 0, 0.0
-    for inputs, units in zip(widths[:-2], widths[1:-1], strict=True):
+    for inputs, units in pairwise(widths[:-1]):
         variables += (inputs + bias) * units
         here = examples * units * breakpoints
         logs += log_sign_vectors(here, power, variables) if here else 0.0

@@ -1,8 +1,8 @@
-"""How far the mean utility over some tasks may be from that over all: bounds for a hyperparameter tuned across tasks.
+r"""How far the mean utility over some tasks may be from that over all: bounds for a hyperparameter tuned across tasks.
 
-Tasks are drawn independently from one distribution; :math:`u_\\alpha(x) \\in [0, H]` is the utility of task x at the
-hyperparameter :math:`\\alpha`, a number. A *gap* bounds :math:`\\sup_\\alpha |\\frac1m \\sum_i u_\\alpha(x_i) -
-\\mathbb E\\, u_\\alpha|` with probability at least :math:`1 - \\delta`; the best value on the tasks is then within twice
+Tasks are drawn independently from one distribution; :math:`u_\alpha(x) \in [0, H]` is the utility of task x at the
+hyperparameter :math:`\alpha`, a number. A gap bounds :math:`\sup_\alpha |\frac1m \sum_i u_\alpha(x_i) -
+\mathbb E\, u_\alpha|` with probability at least :math:`1 - \delta`; the best value on the tasks is then within twice
 the gap of the best there is. Counts of oscillations are astronomically large, so they are given and kept as logarithms.
 """
 

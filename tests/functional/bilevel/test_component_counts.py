@@ -69,7 +69,7 @@ def test_the_graph_count_written_out() -> None:
 
 
 def test_graph_boundaries_have_the_degree_that_is_claimed() -> None:
-    """Finite differences: multiplied by its denominators, a logit difference is a polynomial of that degree and no less."""
+    """By finite differences: times its denominators, a logit difference is a polynomial of that degree and no less."""
     generator = torch.Generator().manual_seed(0)
     nodes, degree = 4, 2
     similarity = torch.rand(nodes, nodes, generator=generator, dtype=torch.float64)
