@@ -10,11 +10,15 @@ from torch import Tensor, nn
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.stateless import Recorder, call_step, muted
 
-__all__ = ["ModuleLosses", "hyperparameter_sets"]
+__all__ = ["ModuleLosses", "NoLossError", "hyperparameter_sets"]
 
 _LOGGED = ("val_loss", "val/loss", "valid_loss", "validation_loss")
 ModuleLoss = Callable[[Any, Any], Tensor]
 PureLoss = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+
+class NoLossError(ValueError):
+    """A module gives no loss to look at; the message says how to."""
 
 
 def hyperparameter_sets(module: nn.Module) -> dict[str, HyperparameterSet]:
@@ -153,13 +157,13 @@ class ModuleLosses:
 
     def _choose(self, returned: Any, logged: Mapping[str, Any]) -> Tensor:
         if self._val_name is not None and self._val_name not in logged:
-            raise ValueError(f"`validation_step` logs no `{self._val_name}`, but {sorted(logged) or 'nothing'}")
+            raise NoLossError(f"`validation_step` logs no `{self._val_name}`, but {sorted(logged) or 'nothing'}")
         if self._val_name is None and returned is not None:
             return returned
         for name in _LOGGED if self._val_name is None else (self._val_name,):
             if name in logged:
                 return logged[name]
-        raise ValueError(
+        raise NoLossError(
             "`validation_step` neither returns a loss nor logs `val_loss`; return it, define `outer_loss(batch)`, or "
             f"give `val_loss`: a function of module and batch, or a name that is logged ({sorted(logged) or 'none is'})"
         )
@@ -229,7 +233,7 @@ def _step(module: nn.Module, name: str) -> ModuleLoss:
 def _scalar(value: Any, name: str) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the {name} must be a scalar tensor, got {shape}")
+        raise NoLossError(f"the {name} must be a scalar tensor, got {shape}")
     return value.reshape(()).float() if value.dtype in (torch.float16, torch.bfloat16) else value.reshape(())
 
 

@@ -32,7 +32,8 @@ class TunedOptimizer:
         bounds: Lowest and highest value by the name of a setting.
 
     Raises:
-        ValueError: If the optimizer is of another class, or has no such setting; all problems are listed.
+        ValueError: If the optimizer is of another class, has no such setting, or begins outside of the bounds; all
+            problems are listed.
 
     Example:
         >>> weight = torch.ones(1, requires_grad=True)
@@ -58,9 +59,11 @@ class TunedOptimizer:
         problems = [
             f"`{type(optimizer).__name__}` has no {name!r}" for name in names if self._key(name) not in self._known()
         ]
-        unbounded = [f"bounds name {name!r}, which is not tuned" for name in bounds or {} if name not in names]
-        if problems + unbounded:
-            raise ValueError("; ".join(problems + unbounded))
+        problems += [f"bounds name {name!r}, which is not tuned" for name in bounds or {} if name not in names]
+        if not problems:
+            problems = [text for name, pair in (bounds or {}).items() for text in self._outside(name, *pair)]
+        if problems:
+            raise ValueError("; ".join(problems))
         self.hypers = (
             HyperparameterSet(**{_public(n): self._domain(n, (bounds or {}).get(n)) for n in names}) if names else None
         )
@@ -74,9 +77,19 @@ class TunedOptimizer:
         adaptive = isinstance(self.optimizer, (Adam, AdamW))
         return {"lr", "weight_decay", *(("beta1", "beta2") if adaptive else ("momentum",))}
 
+    def _found(self, name: str) -> list[float]:
+        """Where the groups begin."""
+        if name == "lr":
+            return [1.0 for _ in self.optimizer.param_groups]  # a factor
+        return [float(step_settings(group)[self._key(name)]) for group in self.optimizer.param_groups]
+
+    def _outside(self, name: str, low: float, high: float) -> list[str]:
+        """A decay of 0 is none yet, and may begin anywhere."""
+        wrong = [v for v in self._found(name) if not low <= v <= high and not (name == "weight_decay" and v == 0)]
+        return [f"{_public(name)!r} begins at {value:g}, outside of its bounds {low:g} to {high:g}" for value in wrong]
+
     def _domain(self, name: str, bounds: tuple[float, float] | None) -> Domain:
-        found = [step_settings(group)[self._key(name)] for group in self.optimizer.param_groups]
-        values = torch.tensor([1.0 if name == "lr" else float(value) for value in found])
+        values = torch.tensor(self._found(name))
         values = values[0] if len(values) == 1 else values
         if bounds is not None:
             low, high = bounds

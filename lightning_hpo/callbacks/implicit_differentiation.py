@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from lightning_hpo.functional.bilevel.problem import identity
 from lightning_hpo.functional.bilevel.second_derivatives import second_derivatives_missing
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.hyper import HyperparameterSet
-from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, PureLoss, hyperparameter_sets
+from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError, PureLoss, hyperparameter_sets
 from lightning_hpo.scaled_step import ScaledStep
 from lightning_hpo.tuned_optimizer import TunedOptimizer
 
@@ -31,7 +32,13 @@ __all__ = ["Hypergradient"]
 _FOLLOWING = ("unrolled", "truncated", "forward", "es", "pes")  # estimators that take the optimizer's steps
 _ITERATIVE = ("ift_cg", "ift_normal_cg", "ift_gmres", "ift_bicgstab", "ift_neumann")
 _USELESS = 10  # hypergradients in a row that are not finite, after which training ends
-_CHEAP: dict[str, dict[str, Any]] = {"ift_cg": {"maxiter": 5, "tol": 0.0}, "unrolled": {"steps": 1}}
+_TUNABLE = ("lr", "weight_decay", "momentum", "beta2")
+# A solve cut short goes along the large curvatures alone. Begun where the last one ended it would reach the small and
+# the negative ones, too, which are noise: the hypergradient of a network then grows without end.
+_CHEAP: dict[str, dict[str, Any]] = {
+    "ift_cg": {"maxiter": 5, "tol": 0.0, "warm_start": False},
+    "unrolled": {"steps": 1},
+}
 
 
 class Hypergradient(MethodCallback):
@@ -54,8 +61,8 @@ class Hypergradient(MethodCallback):
         hypers: Hyperparameters that the loss reads, where they are no attribute of the module.
         estimator: How the hypergradient is estimated; a name in
             :data:`~lightning_hpo.functional.bilevel.estimators.ESTIMATORS`. ``"auto"`` looks one step ahead
-            (``"unrolled"``) where learning rate or momentum is tuned, and takes five conjugate gradient steps a time,
-            each time from where the last ones ended (``"ift_cg"``), otherwise.
+            (``"unrolled"``) where learning rate or momentum is tuned, and takes five conjugate gradient steps
+            (``"ift_cg"``) otherwise.
         estimator_args: Its settings, by name.
         every_n_steps: Optimizer steps from one update to the next.
         warmup_steps: Optimizer steps before the first update.
@@ -131,9 +138,8 @@ class Hypergradient(MethodCallback):
         self._reset()
 
     def _argument_problems(self) -> list[str]:
-        known = ("lr", "weight_decay", "momentum", "beta2")
         checks = {
-            f"tune may name {known}, got {self.tune!r}": all(name in known for name in self.tune),
+            f"tune may name {_TUNABLE}, got {self.tune!r}": all(name in _TUNABLE for name in self.tune),
             f"estimator must be 'auto' or one of {sorted(ESTIMATORS)}, got {self.estimator!r}": self.estimator == "auto"
             or self.estimator in ESTIMATORS,
             f"every_n_steps must be a positive integer, got {self.every_n_steps!r}": _whole(self.every_n_steps, 1),
@@ -142,9 +148,9 @@ class Hypergradient(MethodCallback):
             f"max_norm must be positive, got {self.max_norm!r}": self.max_norm is None or self.max_norm > 0,
             f"product must be 'auto', 'exact' or 'fd', got {self.product!r}": self.product in ("auto", "exact", "fd"),
             f"sync must be 'exact' or 'local', got {self.sync!r}": self.sync in ("exact", "local"),
-            f"bounds must be pairs low < high, got {self.bounds!r}": all(
-                len(pair) == 2 and pair[0] < pair[1] for pair in self.bounds.values()
-            ),
+            f"bounds must be pairs low < high, got {self.bounds!r}": all(map(_ordered, self.bounds.values())),
+            f"bounds may name what is tuned, {self.tune!r}, got {sorted(self.bounds)}": set(self.bounds)
+            <= set(self.tune),
         }
         problems = [problem for problem, holds in checks.items() if not holds]
         if not problems and self._follows() is False and set(self.tune) - {"weight_decay"}:
@@ -220,7 +226,7 @@ class Hypergradient(MethodCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the optimizer and attaches the validation data."""
-        if not trainer.optimizers:
+        if isinstance(trainer.optimizers[0], _MockOptimizer):  # Lightning's, where there is none
             self.raise_all(["there is no optimizer; return one from `configure_optimizers`."])
         if self.tuned is None and trainer.global_step == 0:
             self.steps = 0
@@ -265,17 +271,29 @@ class Hypergradient(MethodCallback):
             self.optimizer = self._make_optimizer(raws) if self._make_optimizer else torch.optim.Adam(raws, lr=self.lr)
 
     def _attach_data(self, trainer: Trainer) -> None:
-        loader: Any = self.val_dataloader if self.val_dataloader is not None else trainer.val_dataloaders
-        if isinstance(loader, (list, tuple)) and self.val_dataloader is None:
-            if len(loader) > 1:
-                self.raise_all([f"there are {len(loader)} validation loaders; give one as `val_dataloader`."])
-            loader = loader[0] if loader else None
-        if loader is None or (hasattr(loader, "__len__") and not len(loader)):
-            self.raise_all(["there are no validation data; give the fit a validation loader, or `val_dataloader`."])
+        loader: Any = self._loader_of_the_fit(trainer) if self.val_dataloader is None else self.val_dataloader
+        if hasattr(loader, "__len__") and not len(loader):
+            self.raise_all(["the validation loader is empty; give one with data as `val_dataloader`."])
         try:
             self.held_out.attach(loader)
         except ValueError as error:
             self.raise_all([f"{error}."])
+
+    def _loader_of_the_fit(self, trainer: Trainer) -> Any:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        if trainer.val_dataloaders is None and loop._data_source.is_defined():
+            loop.setup_data()  # the first validation may be epochs away
+        loaders: Any = trainer.val_dataloaders
+        loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
+        found = loaders if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
+        if not found:
+            why = "" if trainer.limit_val_batches else " (`limit_val_batches` is 0)"
+            self.raise_all(
+                [f"there are no validation data{why}; give the fit a validation loader, or `val_dataloader`."]
+            )
+        if len(found) > 1:
+            self.raise_all([f"there are {len(found)} validation loaders; give one as `val_dataloader`."])
+        return found[0]
 
     # Every step
 
@@ -323,7 +341,7 @@ class Hypergradient(MethodCallback):
         if not math.isfinite(norm):
             self._skip()
         else:
-            self.useless, self.carried = 0, result.state
+            self.useless, self.carried = 0, result.state if _sound(result) else {}
             self._step(gradients, norm)
         values = {name: _mean(value) for name, value in self.hyperparameters().items()}
         info = {"residual": result.info.residual.float()} if result.info is not None else {}
@@ -365,6 +383,9 @@ class Hypergradient(MethodCallback):
 
         try:
             return run(**extra)
+        except NoLossError as error:
+            self.raise_all([f"{error}."])
+            raise
         except ValueError as error:
             if "zero hypergradient" not in str(error):
                 raise
@@ -392,10 +413,15 @@ class Hypergradient(MethodCallback):
             self._settings.refresh()
 
     def _skip(self) -> None:
-        self.useless += 1
+        self.useless, self.carried = self.useless + 1, {}
         rank_zero_warn("A hypergradient was not finite; the hyperparameters stay what they are.")
         if self.useless >= _USELESS:
-            self.raise_all([f"{_USELESS} hypergradients in a row were not finite; lower `lr`, or give `max_norm`."])
+            self.raise_all(
+                [
+                    f"{_USELESS} hypergradients in a row were not finite: either training has diverged (lower its "
+                    "learning rate), or the solve (another `estimator`, fewer of its steps, a `ridge`)."
+                ]
+            )
 
     # The end
 
@@ -433,6 +459,15 @@ def _twice_differentiable(loss: PureLoss) -> PureLoss:
             return loss(params, hparams)
 
     return explicit
+
+
+def _sound(result: HypergradientResult) -> bool:
+    """Whether the next solve may begin where this one ended: one that went astray would go on doing so."""
+    return result.info is None or bool(result.info.converged & ~result.info.negative_curvature)
+
+
+def _ordered(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and -math.inf < pair[0] < pair[1] < math.inf
 
 
 def _mean(value: float | list[float]) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_hpo.functional.bilevel.dense_solve import lu
@@ -43,7 +44,8 @@ def ift(
         (\partial_w F)^\top u = \partial_w L_{val}
 
     with :math:`F = \nabla_w L_{tr}`, whose derivative is the symmetric Hessian, or the problem's ``residual``. The
-    error is of first order in the distance of the parameters from the solution and in the residual of the solve.
+    error is of first order in the distance of the parameters from the solution and in the residual of the solve. Where
+    a solver stops at negative curvature before its first iteration, :math:`u = \partial_w L_{val}`.
 
     Args:
         problem: The problem.
@@ -88,6 +90,8 @@ def ift(
         init=state.get("u") if state and warm_start else None,
         **settings,
     )
+    # Where the very first direction has negative curvature there is no solution to look for: u = v, as in t1t2.
+    u = torch.where(info.negative_curvature & (info.iterations == 0), v, u)
     _check(info, strict)
     _, mixed = second.pull_back(u, params=False)
     indirect = {name: None if part is None else -part for name, part in mixed.items()}

@@ -155,6 +155,18 @@ def test_negative_curvature_is_told_and_has_a_remedy() -> None:
         torch.testing.assert_close(solved.gradients["goal"], torch.tensor(7.0).double())
 
 
+def test_negative_curvature_in_the_first_direction_leaves_the_identity() -> None:
+    """As :func:`t1t2`, and not the zero vector or the start that the solver was given."""
+    problem = Problem(lambda w, h: -(h["a"] * w["w"] ** 2).sum(), lambda w, h: (w["w"] ** 2).sum() / 2)
+    inputs = problem, {"w": torch.tensor([3.0, 4.0])}, {"a": torch.tensor(1.0)}
+    expected = t1t2(*inputs).gradients
+    assert expected["a"] == 50.0  # 2 w v with v = w
+    for state in (None, {"u": torch.tensor([1e3, 1e3])}):
+        result = ift_cg(*inputs, state, strict=None)
+        torch.testing.assert_close(result.gradients, expected)
+        torch.testing.assert_close(result.state["u"], torch.tensor([3.0, 4.0]))
+
+
 def test_a_solve_cut_short_is_told(ridge: Any) -> None:
     with pytest.warns(UserWarning, match="raise maxiter or tol, or add a ridge"):
         ift_cg(ridge.problem, ridge.params, ridge.hparams, maxiter=1)
