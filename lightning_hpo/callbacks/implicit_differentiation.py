@@ -3,13 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -226,8 +227,9 @@ class Hypergradient(MethodCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Looks at the optimizer and attaches the validation data."""
-        if isinstance(trainer.optimizers[0], _MockOptimizer):  # Lightning's, where there is none
-            self.raise_all(["there is no optimizer; return one from `configure_optimizers`."])
+        own = {id(parameter) for parameter in pl_module.parameters()}
+        if not any(id(p) in own for o in trainer.optimizers for group in o.param_groups for p in group["params"]):
+            self.raise_all(["no optimizer steps the module's parameters; return one from `configure_optimizers`."])
         if self.tuned is None and trainer.global_step == 0:
             self.steps = 0
         self._read_optimizer(trainer, pl_module)
@@ -280,9 +282,9 @@ class Hypergradient(MethodCallback):
             self.raise_all([f"{error}."])
 
     def _loader_of_the_fit(self, trainer: Trainer) -> Any:
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if trainer.val_dataloaders is None and loop._data_source.is_defined():
-            loop.setup_data()  # the first validation may be epochs away
+        if trainer.val_dataloaders is None:  # the first validation may be epochs away
+            with suppress(MisconfigurationException):  # there is no loader at all
+                trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders: Any = trainer.val_dataloaders
         loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
         found = loaders if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]

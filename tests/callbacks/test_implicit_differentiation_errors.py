@@ -230,7 +230,7 @@ def test_no_optimizer():
 
     with (
         pytest.warns(UserWarning, match="returned `None`"),
-        pytest.raises(MisconfigurationException, match="there is no optimizer"),
+        pytest.raises(MisconfigurationException, match="no optimizer steps the module's parameters"),
     ):
         fit(Hypergradient(**DECAY), Frozen())
 
