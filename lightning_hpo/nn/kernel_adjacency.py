@@ -15,7 +15,7 @@ __all__ = ["Edges", "KernelAdjacency", "second_singular_value"]
 Edges = tuple[Tensor, Tensor]
 Kind = Literal["polynomial", "rbf", "threshold", "exponential"]
 
-SMOOTH = 1e-3
+SMOOTH = 0.1  # second singular value; networks of 200 digits only guess below it
 CHUNK = 2**18  # numbers at a time where neighbours are searched
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "polynomial": (lambda a: a >= 0, "be at least 0"),

@@ -175,7 +175,17 @@ def test_graphs_that_make_nodes_alike_are_reported_in_evaluation(neighbors: int 
     alike(X)
     with pytest.warns(UserWarning, match="makes all nodes alike"):
         alike.eval()(X)
-    KernelAdjacency("rbf", 0.3, neighbors=neighbors).eval()(X)
+    KernelAdjacency("rbf", 0.3, neighbors=neighbors).eval()(X)  # silent
+
+
+def test_the_report_comes_at_a_tenth() -> None:
+    sigmas = torch.linspace(0.3, 8, 40).tolist()
+    for sigma in sigmas:
+        module = KernelAdjacency("rbf", sigma)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module.eval()(X)
+        assert bool(caught) == bool(torch.linalg.svdvals(module.train()(X))[1] < 0.1)
 
 
 def test_the_second_singular_value() -> None:

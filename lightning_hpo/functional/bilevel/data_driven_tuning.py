@@ -70,7 +70,8 @@ def tune_over_tasks(
     2. ``"golden"``: golden section on the mean between the neighbours of the best point. ``"bisect"``: in rounds, the
        middle of all neighbours between which the utility of some task changes.
     3. With ``slope``, Adam on the mean of a surrogate loss, from the best point of the grid and never beyond its
-       neighbours. It cannot replace the grid: far from the best value slopes are often flat or point away from it.
+       neighbours. It cannot replace the grid: far from the best value slopes are often flat or point away from it, and
+       through a long training they may be exact and huge, because the loss is rugged.
 
     The best of all that was evaluated is returned. What is random in a utility must be fixed by the caller, with the
     same seeds and order of data for all values of a task.
