@@ -86,7 +86,7 @@ class Task:
 
     def slope(self, params: Tensors) -> Tensors:
         """The slope of Adam's step, with moments of mini-batches' gradients at these parameters."""
-        settings = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+        settings: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
         states: dict[str, dict[str, Tensor]] = {name: {} for name in params}
         grads = self.gradient(params)
         for _ in range(100):

@@ -34,7 +34,7 @@ def draw_bias(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         panel.axhline(1.0, color="grey", linewidth=0.8)
         panel.set(xscale="log", xlabel="cost in forward and backward passes", title=title)
     panels[0].set_ylabel("cosine to the exact hypergradient")
-    panels[1].legend(fontsize=7, loc="lower right")
+    panels[1].legend(fontsize=7, loc="lower left")
     _save(figure, path)
 
 
