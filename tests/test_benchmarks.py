@@ -16,6 +16,7 @@ def test_there_is_a_script_for_each_question():
         "adaptive_batch_quality",
         "adaptive_loader",
         "gradient_statistics",
+        "hypergradient_tasks",
         "inference_speed",
         "rate_learning_step",
         "survival_mask",
