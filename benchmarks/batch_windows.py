@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Window:
         if self.noise is not None:
             self.noise.begin(MICRO_BATCHES)
         for _ in range(MICRO_BATCHES):
-            (self.model.training_step(self.batch) / MICRO_BATCHES).backward()
+            (cast(Any, self.model).training_step(self.batch) / MICRO_BATCHES).backward()
             if self.noise is not None:
                 self.noise.after_backward(self.batch, size, MICRO_BATCHES)
         if self.noise is not None:

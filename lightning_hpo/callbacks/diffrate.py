@@ -183,7 +183,9 @@ class TokenCompression(MethodCallback):
         try:
             super().load_state_dict({name: value for name, value in state_dict.items() if name != "schedule"})
         except RuntimeError as error:  # from `torch.nn.Module`, which names the shapes
-            self.raise_all([f"the checkpoint's rates are for another granularity, depth or image size: {error}"])
+            self.raise_all(
+                [f"the checkpoint's rates are for another granularity, matching, depth or image size: {error}"]
+            )
         self._loaded = state_dict.get("schedule")
 
     # Around training
@@ -236,7 +238,7 @@ class TokenCompression(MethodCallback):
         if self.hypers is None:
             self.hypers = HyperparameterSet(kept=Simplex(start))
         elif self.hypers["kept"].shape != start.shape:
-            self.raise_all(["the rates were learned for a network of another depth or image size; use a new callback."])
+            self.raise_all(["the rates were learned for another depth, image size or matching; use a new callback."])
         self.optimizer = self.optimizer or self._new_optimizer()
         self._layout = layout
         self.restore_pending()

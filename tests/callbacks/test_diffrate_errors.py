@@ -266,9 +266,9 @@ def test_length_of_training_unknown():
 def test_rates_of_another_network(tmp_path):
     saver = ModelCheckpoint(dirpath=tmp_path, filename="end", every_n_train_steps=2)
     compression = train(Holder(), None, saver)
-    with pytest.raises(MisconfigurationException, match="another depth or image size"):
+    with pytest.raises(MisconfigurationException, match="another depth, image size or matching"):
         train(Holder(depth=5), compression)
-    with pytest.raises(MisconfigurationException, match="another granularity, depth or image size"):
+    with pytest.raises(MisconfigurationException, match="another granularity, matching, depth or image size"):
         tiny_trainer(TokenCompression(0.6, granularity=2), max_steps=3).fit(
             Holder(), TinyImages(8).train_dataloader(), ckpt_path=tmp_path / "end.ckpt"
         )

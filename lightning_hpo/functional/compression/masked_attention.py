@@ -109,7 +109,7 @@ class _Widen(torch.autograd.Function):
         wide_key[..., :tokens, :width] = key
         wide_key[..., :tokens, ones] = tilt
         wide_value = value.new_zeros(*grid, tokens + 1, columns)
-        torch.mul(value, live[..., None], out=wide_value[..., :tokens, :width])
+        wide_value[..., :tokens, :width] = value * live[..., None]
         wide_value[..., :tokens, ones] = live
         wide_key[..., tokens, own] = wide_value[..., tokens, own] = 1
         ctx.save_for_backward(value, mask)
