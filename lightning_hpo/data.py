@@ -93,11 +93,12 @@ class AdaptiveBatchSampler(BatchSampler):
     def release(self) -> None:
         """Gives a plain ``BatchSampler`` of the first batch size back."""
         self.batch_size = self._first_size
-        for name in [name for name in vars(self) if name.startswith("_") or name in ("drawn", "share")]:
+        for name in vars(self).keys() - self._users:
             delattr(self, name)
         self.__class__ = BatchSampler  # type: ignore[assignment]
 
     def _prepare(self, accumulation: int) -> None:
+        self._users: frozenset[str] = getattr(self, "_users", frozenset(vars(self)))  # what stays
         self.drawn: deque[DrawnBatch] = deque()
         self.share = 1.0
         self._first_size = self.batch_size
