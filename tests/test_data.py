@@ -150,7 +150,9 @@ def test_adopts_the_sampler_of_a_loader_and_gives_it_back():
     assert [len(batch) for batch in batches] == [8, 8]
     adopted.release()
     assert type(plain) is BatchSampler
-    assert vars(plain) == before
+    # Lightning may be recording changes: its patch of all samplers outlives an error in a hook that makes a loader.
+    left = {name: value for name, value in vars(plain).items() if name != "__pl_attrs_record"}
+    assert left == before
     assert [len(batch) for batch in loader] == [4] * 5
 
 
