@@ -155,9 +155,7 @@ class TokenCompression(MethodCallback):
                 raise RuntimeError("There is no schedule yet: `trainer.fit(module)` learns it.")
             return TokenCompressionSchedule.from_dict(self._loaded)
         rules: dict[str, Any] = {"importance": self.importance, "matching": self.matching, "size_rule": self.size_rule}
-        usual = {"matching": "features", "size_rule": "clamped"}
-        told = {name: value for name, value in rules.items() if value != usual.get(name)}
-        return replace(self._layout.schedule(self._kept().detach()), **told)
+        return replace(self._layout.schedule(self._kept().detach()), **rules)
 
     @override
     def hyperparameters(self) -> dict[str, float | list[float]]:
@@ -226,7 +224,6 @@ class TokenCompression(MethodCallback):
     def _prepare_rates(self, layout: RateLayout) -> None:
         if not layout.blocks:
             raise ValueError("Every block is exempt from compression, so there is no rate to learn.")
-        candidate_counts(layout.patches, self.granularity)  # says what is wrong with the granularity
         least, full = layout.reachable(self.granularity)
         budget = self._budget(full)
         if not least <= budget < full:

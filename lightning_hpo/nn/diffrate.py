@@ -210,8 +210,7 @@ def attach(
     opening = {start: not all(layout.exempt[start:stop]) for start, stop in segments(entry)}
     closing = {stop - 1 for _, stop in segments(entry)} if anatomy.whole_grid else set()
     rows = {index: row for row, index in enumerate(layout.blocks)}
-    if not anatomy.reads_patches:
-        rows.pop(len(entry) - 1, None)  # learning need not do there what nobody sees
+    rows.pop(len(entry) - 1, None)  # exempt where the head reads patches; elsewhere nobody sees what it does to them
     for index, block in enumerate(anatomy.blocks):
         slot = BlockCompression(state, entry[index], entry[index], entry[index], rows.get(index))
         slot.opens, slot.learns, slot.restores = index in opening, opening.get(index, False), index in closing

@@ -52,7 +52,6 @@ class Anatomy:
         layout: Which of them compress, and what they cost. A network whose grid must be whole again only merges.
         importance: How patches are ranked by default.
         whole_grid: Whether the grid must be whole again behind the last block of a segment.
-        reads_patches: Whether the head reads patches; otherwise nobody sees what the last block does to them.
     """
 
     model: nn.Module
@@ -60,7 +59,6 @@ class Anatomy:
     layout: RateLayout
     importance: Literal["class", "mean"]
     whole_grid: bool = False
-    reads_patches: bool = True
 
     def merging_pairs(self) -> "Anatomy":
         """The same network where tokens merge in pairs (ToMe): nothing is pruned, and the first block takes part.
@@ -143,7 +141,7 @@ def _describe_vit(model: Any) -> Anatomy:
     entry = (model.patch_embed.num_patches + prefix,) * len(blocks)
     cost = TransformerMacs(_stem_and_head(model, entry[0]), entry, tuple(_block_macs(b, b.attn) for b in blocks))
     importance: Literal["class", "mean"] = "class" if model.cls_token is not None else "mean"
-    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix), importance, reads_patches=pools_patches)
+    return Anatomy(model, blocks, RateLayout(cost, tuple(exempt), prefix), importance)
 
 
 def _check_pooling(model: Any) -> bool:

@@ -152,15 +152,18 @@ class TokenState:
         living = mask.new_full((), float(mask.shape[1])) if self.living is None else self.living
         alive = mask.detach() > 0.5
         if self.rules.matching == "bipartite":
-            return self._mask_bipartite(x, _keys(ranked), plan, mask, alive, living)
-        rank = token_ranks(ranked.scores, alive)
-        if len(plan.kept) == 2:
-            mask = mask * straight_through_mask(rank, plan.kept[0].detach(), plan.survival[0], alive, living)
-            living = torch.minimum(living, plan.kept[0].detach())
-            alive = alive & (rank < living)
-        kept = plan.kept[-1].detach()
-        receives = alive & (rank < kept)
-        x = self._merge_masked(x, ranked, receives, alive & ~receives)
+            rank, nearest = bipartite_order(_keys(ranked), alive)
+            kept = torch.maximum(plan.kept[-1].detach(), (living / 2).ceil())
+            x = self._merge_pairs_masked(x, nearest, alive & (rank >= kept))
+        else:
+            rank = token_ranks(ranked.scores, alive)
+            if len(plan.kept) == 2:
+                mask = mask * straight_through_mask(rank, plan.kept[0].detach(), plan.survival[0], alive, living)
+                living = torch.minimum(living, plan.kept[0].detach())
+                alive = alive & (rank < living)
+            kept = plan.kept[-1].detach()
+            receives = alive & (rank < kept)
+            x = self._merge_masked(x, ranked, receives, alive & ~receives)
         self.mask = mask * straight_through_mask(rank, kept, plan.survival[-1], alive, living)
         self.living = torch.minimum(living, kept)
         return x
@@ -177,20 +180,13 @@ class TokenState:
         patches = merge_tokens(patches, patches, index, moves)
         return torch.cat([x[:, : self.prefix], patches], 1) if self.prefix else patches
 
-    def _mask_bipartite(
-        self, x: Tensor, keys: Tensor, plan: KeptPlan, mask: Tensor, alive: Tensor, living: Tensor
-    ) -> Tensor:
-        rank, nearest = bipartite_order(keys, alive)
-        kept = torch.maximum(plan.kept[-1].detach(), (living / 2).ceil())
-        place = torch.arange(mask.shape[1], device=mask.device)
-        where = torch.where(alive & (rank >= kept), nearest, place)
-        size = torch.ones_like(mask, dtype=torch.float32) if self.size is None else self.size
+    def _merge_pairs_masked(self, x: Tensor, nearest: Tensor, moves: Tensor) -> Tensor:
+        where = torch.where(moves, nearest, torch.arange(moves.shape[1], device=x.device))
+        size = torch.ones_like(moves, dtype=torch.float32) if self.size is None else self.size
         patches, total = merge_weighted(x[:, self.prefix :], size, where)
         self.size = torch.where(total > 0, total, size)
         if self.group is not None:
             self.group = where.gather(1, self.group)
-        self.mask = mask * straight_through_mask(rank, kept, plan.survival[-1], alive, living)
-        self.living = torch.minimum(living, kept)
         return torch.cat([x[:, : self.prefix], patches], 1) if self.prefix else patches
 
     # Sliced: tokens that are dropped leave the tensor.

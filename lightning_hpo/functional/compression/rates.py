@@ -186,11 +186,14 @@ class RateLayout:
         Returns:
             Both bounds on a budget.
 
+        Raises:
+            ValueError: If ``granularity`` is not from 1 to the number of patches.
+
         Example:
             >>> RateLayout(TransformerMacs.vit(width=384, depth=12, patches=196), (True,) + (False,) * 11).reachable()
             (620653056, 4599177216)
         """
-        fewest = self.prefix + (self.patches - 1) % granularity + 1
+        fewest = self.prefix + int(candidate_counts(self.patches, granularity)[-1])
         least: Sequence[int] = [
             full if exempt else fewest for full, exempt in zip(self.cost.entry, self.exempt, strict=True)
         ]
