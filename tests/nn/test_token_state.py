@@ -186,12 +186,13 @@ def test_bipartite_keeps_sizes_and_groups():
     assert state.size.sum(1).tolist() == [PATCHES, PATCHES]
 
 
+@pytest.mark.parametrize("counts", [(8, 8, 6, 1, 2, 1), (3, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_masked_pairs_equal_sliced_pairs_one_block_after_another(prefix):
-    """Also where more than half of the tokens would have to go, and where none has to."""
+def test_masked_pairs_equal_sliced_pairs_one_block_after_another(prefix, counts):
+    """Also where more than half of an even or an odd number would have to go, and where none has to."""
     masked, sliced = (state_of(prefix, matching="bipartite") for _ in range(2))
     whole = short = tokens(prefix)[0]
-    for block, kept in enumerate([8, 8, 6, 1, 2, 1]):
+    for block, kept in enumerate(counts):
         keys = tokens(prefix, block)[1].keys
         survival = survival_probability(torch.rand(1, PATCHES).softmax(-1), PATCHES)
         plan = KeptPlan(torch.tensor([float(kept)]), survival)
