@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_hpo import distributed
 from lightning_hpo.functional.batching.variances import coordinate_batch, group_trace, inner_product_variance
-from lightning_hpo.gradients import GroupNorms, squared_norm
+from lightning_hpo.gradients import GroupNorms, squared_norm, sum_of_squares
 from lightning_hpo.nn.per_sample import compiled_modules
 from lightning_hpo.single_samples import SingleSamples
 from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers
@@ -114,6 +114,8 @@ class GradientNoise:
         self._previous: list[Tensor] = []  # the last step's gradient, for "difference"
         self._previous_samples = 0
         self._sums: list[Tensor] = []
+        self._norms: dict[int, list[Tensor]] = {}  # of micro-batches' gradients, by the samples they have
+        self._seen = 0  # micro-batches of the window
         self._batch: Any = None
         self._groups = GroupNorms(self._parameters.values()) if "micro_batch" in estimators else None
         self._ghost: PerSampleGradients | None = None
@@ -135,7 +137,7 @@ class GradientNoise:
         Args:
             groups: Micro-batches of the window over all ranks; 0 if nothing shall be read from it.
         """
-        self._sums = []
+        self._sums, self._norms, self._seen = [], {}, 0
         self.using = self._choose(groups) if groups else None
         if self._groups is not None:
             self._groups.clear()
@@ -167,10 +169,11 @@ class GradientNoise:
             unscale: What turns the gradient seen into that of the micro-batch's mean loss.
         """
         if self.using == "micro_batch" and self._groups is not None:
-            self._sums.append(self._groups.take() * (unscale * unscale * size))
+            self._norms.setdefault(size, []).extend(self._groups.norms())
         elif self.using == "ghost" and self._ghost is not None:
             self._take_ghost(self._ghost, size, unscale)
-        self._unscale = size * unscale
+        self._seen += 1
+        self._size, self._unscale = size, unscale
         self._batch = batch if self.using == "vmap" else None
         self._await(self._left - 1)
 
@@ -200,7 +203,7 @@ class GradientNoise:
             The reading, or None if this window gives none.
         """
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        unseen = self.using in ("micro_batch", "ghost") and len(self._sums) != len(sizes)  # a step without a loss
+        unseen = self._seen != len(sizes)  # a step without a loss
         unseen = unseen or (self.using == "vmap" and self._left != 0)
         if unseen or self.using is None or not gradients or samples < 2:
             return None
@@ -208,12 +211,19 @@ class GradientNoise:
             return self._difference(list(gradients.values()), samples)
         square = squared_norm(gradients.values())
         single = self._single_samples(gradients, samples) if self._single or self.using == "vmap" else {}
-        weighted = single["squares"] * sum(sizes) if self.using == "vmap" else torch.stack(self._sums).sum()
+        weighted = single["squares"] * sum(sizes) if self.using == "vmap" else self._weighted_squares(square)
         groups = len(sizes) * distributed.world_size() if self.using == "micro_batch" else samples
         trace = group_trace(distributed.sum(weighted.to(square)), samples, groups, square)
         zero = torch.zeros_like(square)
         values = (trace, square, single.get("inner", zero), single.get("coordinate", zero))
         return Reading(torch.stack([value.to(square) for value in values]), samples)
+
+    def _weighted_squares(self, like: Tensor) -> Tensor:
+        """The window's sum of n_j |g_j|^2 on this rank."""
+        if self.using == "ghost":
+            return torch.stack(self._sums).sum()
+        squares = [sum_of_squares(norms) * size for size, norms in self._norms.items() if norms]
+        return sum(squares, start=torch.zeros_like(like)) * (self._unscale * self._unscale)
 
     def _difference(self, gradients: list[Tensor], samples: int) -> Reading | None:
         """Two steps in a row as two groups: biased where the gradient has changed between them."""
@@ -243,7 +253,7 @@ class GradientNoise:
         return means
 
     def _by_ghost(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        ghost, unscale = cast(PerSampleGradients, self._ghost), self._unscale
+        ghost, unscale = cast(PerSampleGradients, self._ghost), self._size * self._unscale
         squares = ghost.take().double() * unscale * unscale
         inner = ghost.inner_products(gradients).double() * unscale
         moments = ghost.second_moments() if self.coordinate is not None else {}
@@ -252,7 +262,7 @@ class GradientNoise:
     def _by_vmap(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         known = gradients if self._single else None
         return cast(SingleSamples, self._samples).take(
-            self._batch, self._unscale, known, moments=self.coordinate is not None
+            self._batch, self._size * self._unscale, known, moments=self.coordinate is not None
         )
 
     def state_dict(self) -> dict[str, Any]:

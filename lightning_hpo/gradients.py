@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GroupNorms", "squared_norm"]
+__all__ = ["GroupNorms", "squared_norm", "sum_of_squares"]
 
 _SMALL = 2**14  # numbers; a call takes longer than the sum
 
@@ -25,7 +25,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
         tensor(25., dtype=torch.float64)
     """
     wide = [tensor.detach() if tensor.dtype.itemsize >= 4 else tensor.detach().float() for tensor in tensors]
-    return _sum_of_squares(torch._foreach_norm(wide))
+    return sum_of_squares(torch._foreach_norm(wide))
 
 
 class GroupNorms:
@@ -65,13 +65,18 @@ class GroupNorms:
             # half precision would overflow; float32 is what the sum is taken in
             self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=_wide(gradient.dtype)))
 
-    def take(self) -> Tensor:
-        """The sum of squares over all parameters of the latest backward pass, a scalar in float64."""
+    def norms(self) -> list[Tensor]:
+        """Norms that add up to that of the latest backward pass, as scalars; take their squares once a window."""
         norms, small = self._norms, self._small
         self.clear()
         if small:
             norms += torch._foreach_norm([gradient.to(_wide(gradient.dtype)) for gradient in small])
-        return _sum_of_squares(norms) if norms else torch.zeros((), dtype=torch.double, device=self._device)
+        return norms
+
+    def take(self) -> Tensor:
+        """The sum of squares over all parameters of the latest backward pass, a scalar in float64."""
+        norms = self.norms()
+        return sum_of_squares(norms) if norms else torch.zeros((), dtype=torch.double, device=self._device)
 
     def clear(self) -> None:
         """Forgets what has been noted."""
@@ -85,7 +90,19 @@ class GroupNorms:
         self.clear()
 
 
-def _sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
+def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of at least one scalar, in float64.
+
+    Args:
+        norms: Scalars on one device.
+
+    Returns:
+        A scalar on that device.
+
+    Example:
+        >>> sum_of_squares([torch.tensor(3.0), torch.tensor(4.0)])
+        tensor(25., dtype=torch.float64)
+    """
     return torch.linalg.vector_norm(torch.stack(tuple(norms)), dtype=torch.double).square()
 
 
