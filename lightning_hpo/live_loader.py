@@ -1,4 +1,4 @@
-"""Batch sizes that change while a Trainer runs: in its loader, or by accumulation alone."""
+"""A batch size that changes in the loader of a Trainer while it runs."""
 
 import math
 import warnings
@@ -9,10 +9,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_hpo.data import AdaptiveBatchSampler, DrawnBatch
-from lightning_hpo.functional.batching.plan import BatchPlan
+from lightning_hpo.data import AdaptiveBatchSampler
 
-__all__ = ["AccumulatedBatches", "LiveLoader", "loader_problems"]
+__all__ = ["LiveLoader", "loader_problems"]
 
 _ROUNDING = 1e-9  # of a fraction of an epoch
 
@@ -183,62 +182,3 @@ class LiveLoader:
                 and callback.train_progress_bar_id is not None
             ):
                 callback.progress.update(callback.train_progress_bar_id, total=limit)
-
-
-class AccumulatedBatches:
-    """The batches of a loader that nobody may touch: only the number that makes up an optimizer step changes.
-
-    Args:
-        plan: Samples of the loader's batches, and how many make up an optimizer step so far.
-
-    Example:
-        >>> batches = AccumulatedBatches(BatchPlan(micro=8, accumulation=1))
-        >>> batches.request(BatchPlan(micro=8, accumulation=2))
-        >>> [batches.take(8, index).accumulation for index in (5, 6, 7)]
-        [1, 2, 2]
-    """
-
-    def __init__(self, plan: BatchPlan) -> None:
-        self._plan = plan
-        self._next_plan: BatchPlan | None = None
-
-    @property
-    def plan(self) -> BatchPlan:
-        """The newest plan."""
-        return self._next_plan or self._plan
-
-    def request(self, plan: BatchPlan) -> None:
-        """Asks for another number of micro-batches from the next possible window on."""
-        self._next_plan = plan
-
-    def take(self, size: int, batch_idx: int) -> DrawnBatch:
-        """The batch that has arrived.
-
-        Args:
-            size: Its samples.
-            batch_idx: Its number in the epoch.
-
-        Returns:
-            Its size and the accumulation that holds for it.
-        """
-        following = self._next_plan
-        if following and self._plan.may_give_way(following, batch_idx):
-            self._plan, self._next_plan = following, None
-        return DrawnBatch(size, self._plan.accumulation)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The plans, in plain types."""
-        following = self._next_plan
-        return {
-            "plan": [self._plan.micro, self._plan.accumulation],
-            "next_plan": following and [following.micro, following.accumulation],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the saved plans.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-        """
-        self._plan = BatchPlan(*state_dict["plan"])
-        self._next_plan = state_dict["next_plan"] and BatchPlan(*state_dict["next_plan"])

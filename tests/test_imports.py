@@ -24,7 +24,7 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
-    *("data", "held_out", "live_loader", "accumulation", "gradients"),
+    *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
     *("gradient_noise", "scaled_step", "batch_controller", "tuned_optimizer"),
 )
 
@@ -42,6 +42,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "held_out": (TORCH, (*L0, "distributed")),
     "module_losses": (TORCH, (*L0, "hyper", "stateless")),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
+    "batch_source": (TORCH | {"lightning"}, (*L0, "data", "live_loader")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),
     "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "single_samples", "stateless")),

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,13 +15,13 @@ from typing_extensions import override
 from lightning_hpo import distributed
 from lightning_hpo.accumulation import AccumulationWindow
 from lightning_hpo.batch_controller import PATIENCE, BatchController
+from lightning_hpo.batch_source import AccumulatedBatches, BatchSource, LoaderBatches, source_problems
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.functional.batching.learning_rate import AdaScale, LearningRateRule, default_rule
-from lightning_hpo.functional.batching.plan import BatchPlan, plan_for
+from lightning_hpo.functional.batching.plan import BatchPlan
 from lightning_hpo.functional.batching.policies import NormTest, Policy
 from lightning_hpo.functional.optim.sample_lr import SampleLR
 from lightning_hpo.gradient_noise import GradientNoise, choose_estimators
-from lightning_hpo.live_loader import AccumulatedBatches, LiveLoader, loader_problems
 from lightning_hpo.scaled_step import ScaledStep
 
 __all__ = ["AdaptiveBatchSize"]
@@ -132,8 +131,7 @@ class AdaptiveBatchSize(MethodCallback):
         self._arrival: torch.cuda.Event | None = None  # of the reading on the host
         self.previous_gradient: dict[str, Any] = {}
         self.batches: dict[str, Any] = {}  # state of the loader or of the accumulation
-        self._live: LiveLoader | None = None
-        self._accumulated: AccumulatedBatches | None = None
+        self._source: BatchSource | None = None
         self._noise: GradientNoise | None = None
         self._scaled: ScaledStep | None = None
         self._window = AccumulationWindow()
@@ -167,10 +165,13 @@ class AdaptiveBatchSize(MethodCallback):
             found["noise_scale"] = known.noise_scale
         return {**found, "samples": float(known.samples)}
 
+    @property
+    def _batches_from(self) -> BatchSource:
+        return cast(BatchSource, self._source)  # while training runs
+
     def _plan(self) -> BatchPlan | None:
-        source = self._live.sampler if self._live else self._accumulated
-        if source is not None:
-            return source.plan
+        if self._source is not None:
+            return self._source.plan
         kept = self.batches.get("next_plan") or self.batches.get("plan")
         return BatchPlan(*kept) if kept else None
 
@@ -182,8 +183,8 @@ class AdaptiveBatchSize(MethodCallback):
 
     def _store(self) -> None:
         self._await_reading()
-        if source := self._live.sampler if self._live else self._accumulated:
-            self.batches = source.state_dict()
+        if self._source is not None:
+            self.batches = self._source.state_dict()
         if self._noise is not None:
             self.previous_gradient = self._noise.state_dict()
 
@@ -227,40 +228,18 @@ class AdaptiveBatchSize(MethodCallback):
         self._notice_schedulers(trainer)
 
     def _take_over_batches(self, trainer: Trainer, resumed: bool) -> None:
+        self.raise_all(source_problems(trainer, self.mode))
+        source = self._source = LoaderBatches(trainer) if self.mode == "loader" else AccumulatedBatches(trainer)
         ranks, before = trainer.world_size, self.ranks
-        self._first, self._epoch = self._take_over_loader(trainer)
-        first = self._first.samples(ranks)
-        self.controller.begin(first, self._limit(first, self._epoch))
+        first = source.first.samples(ranks)
+        self.controller.begin(first, self._limit(first, source.epoch_samples))
         self.ranks = ranks
-        if resumed and self._accumulated:
-            self._accumulated.load_state_dict(self.batches)
-        elif resumed and self._live:
-            self._live.sampler.load_state_dict(_for_ranks(self.batches, before, ranks))
-            if not trainer.fit_loop.restarting:  # the same Trainer goes on, and begins an epoch
-                self._live.sampler.finish()
-        elif self._live:  # where a checkpoint was written without us
-            self._live.sampler.skip(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        source.load_state_dict(self.batches if resumed else None, before)
         if resumed and before != ranks:
             self._request(trainer)
-        if self._live:
-            if resumed and self._live.is_over():
-                self._end_epoch(trainer)  # the checkpoint may have been written before it could decide
-            self._live.restart(trainer.current_epoch)
-
-    def _take_over_loader(self, trainer: Trainer) -> tuple[BatchPlan, int]:
-        """The plan that training begins with, and the samples of an epoch, 0 if nobody knows."""
-        loader, accumulation = trainer.train_dataloader, trainer.accumulate_grad_batches
-        if self.mode == "loader":
-            self.raise_all(loader_problems(loader))
-            self._live = LiveLoader(trainer, accumulation)
-            return self._live.sampler.plan, self._live.sampler.epoch_samples * trainer.world_size
-        micro = getattr(loader, "batch_size", None)
-        if not micro:
-            self.raise_all(["the size of the loader's batches is unknown; give a `DataLoader` with `batch_size`."])
-        plan = BatchPlan(cast(int, micro), accumulation)
-        self._accumulated = AccumulatedBatches(plan)
-        batches = trainer.num_training_batches
-        return plan, int(batches) * plan.micro * trainer.world_size if math.isfinite(batches) else 0
+        if resumed and source.is_over():
+            self._end_epoch(trainer)  # the checkpoint may have been written before it could decide
+        source.begin()
 
     def _limit(self, first: int, epoch: int) -> int:
         wanted = self.max_batch_size
@@ -277,7 +256,7 @@ class AdaptiveBatchSize(MethodCallback):
         needs = self.controller.needs
         if not needs:
             return
-        groups = self._first.accumulation * trainer.world_size
+        groups = self._batches_from.first.accumulation * trainer.world_size
         estimators, watched, problems = choose_estimators(
             self.estimator, pl_module, single_samples=bool(needs & {"inner", "coordinate"}), groups=groups
         )
@@ -309,24 +288,13 @@ class AdaptiveBatchSize(MethodCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts the batches of the epoch."""
         self._window_ended = True
-        if self._live and self._live.stale():  # the Trainer has asked for a new loader
-            self.raise_all(loader_problems(trainer.train_dataloader))
-            before, self._live = self._live, LiveLoader(trainer)
-            self._live.sampler.follow(before.sampler)
-            before.release()
-            self._live.restart(trainer.current_epoch)
-        elif self._live:
-            self._live.begin_epoch()
+        self.raise_all(source_problems(trainer, self.mode))  # the Trainer may have asked for a new loader
+        self._batches_from.begin_epoch()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Sets the accumulation that the batch was drawn for."""
-        if self._live:
-            drawn = self._live.sampler.take()
-            self._live.synchronize()
-        else:
-            size = getattr(batch, "num_graphs", None) or extract_batch_size(batch)
-            drawn = cast(AccumulatedBatches, self._accumulated).take(size, batch_idx)
+        drawn = self._batches_from.take(batch, batch_idx)
         if self._window_ended:
             self._begin_window()
             trainer.accumulate_grad_batches = drawn.accumulation
@@ -377,8 +345,7 @@ class AdaptiveBatchSize(MethodCallback):
             if self._losses and self.reading:
                 self._send("loss", distributed.mean(torch.stack(self._losses).mean()))
             self._losses = []
-        if self._live:
-            self._live.synchronize()
+        self._batches_from.end_batch()
 
     def _begin_window(self) -> None:
         self._window.reset()
@@ -392,7 +359,7 @@ class AdaptiveBatchSize(MethodCallback):
         """
         if not self._totals[1]:
             last, samples = self._window.sizes[-1], self._window.samples
-            if self._live or self.ranks == 1:
+            if self._batches_from.alike or self.ranks == 1:
                 self._totals = (last * self.ranks, samples * self.ranks)
             else:
                 last, samples = distributed.sum(torch.tensor([last, samples], device=device)).tolist()
@@ -442,22 +409,14 @@ class AdaptiveBatchSize(MethodCallback):
 
     def _request(self, trainer: Trainer) -> None:
         """Asks loader or accumulation for the batch size wanted."""
-        first, limit = self._first, self.controller.limit
-        largest = first.micro if self._accumulated else self._largest_micro_batch(trainer)
-        most = None if limit == self._epoch else limit  # a whole epoch may be rounded up: it is one short window
-        plan = plan_for(self.controller.wanted, trainer.world_size, largest, first.accumulation, max_batch=most)
-        if self._live:
-            self._live.sampler.request(plan)
-        elif self._accumulated:  # as many whole batches as are not too many
-            whole = plan.accumulation if plan.micro == first.micro else max(plan.accumulation // 2, first.accumulation)
-            self._accumulated.request(BatchPlan(first.micro, whole))
+        self._batches_from.request(self.controller.wanted, self._largest_micro_batch(trainer), self.controller.limit)
 
     def _largest_micro_batch(self, trainer: Trainer) -> int:
         if self.max_micro_batch_size is not None:
             return self.max_micro_batch_size
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         found = [size for c in callbacks if (size := getattr(c, "micro_batch_size", None))]
-        return min(found) if found else self._first.micro
+        return min(found) if found else self._batches_from.first.micro
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -498,21 +457,13 @@ class AdaptiveBatchSize(MethodCallback):
         for owned in (self._noise, self._scaled):
             if owned is not None:
                 owned.remove()
-        if self._live is not None:
-            self._live.release()
+        if self._source is not None:
+            self._source.release()
         if self._users_accumulation is not None:
             trainer.accumulate_grad_batches = self._users_accumulation
-        self._live = self._accumulated = self._noise = self._scaled = self._users_accumulation = None
+        self._source = self._noise = self._scaled = self._users_accumulation = None
         self._parameters = []
 
 
 def _positive_or_none(value: object) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
-
-
-def _for_ranks(state: dict[str, Any], before: int, ranks: int) -> dict[str, Any]:
-    """The sampler's state for another number of ranks: samples consumed are shared out anew."""
-    if before == ranks:
-        return state
-    samples, batches = state["taken"]
-    return {**state, "taken": [-(-samples * before // ranks), batches], "ahead": []}

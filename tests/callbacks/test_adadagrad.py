@@ -310,7 +310,7 @@ def test_resumes_bit_for_bit_from_every_step(tmp_path, workers, estimator):
 
 
 def test_resumes_on_another_number_of_ranks():
-    from lightning_hpo.callbacks.adadagrad import _for_ranks
+    from lightning_hpo.batch_source import _for_ranks
 
     state = {"taken": [30, 7], "ahead": [[4, 1]], "plan": [4, 1]}
     assert _for_ranks(state, 2, 2) is state
