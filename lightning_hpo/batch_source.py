@@ -221,12 +221,11 @@ class AccumulatedBatches:
         """Nothing: the number of batches stays what it is."""
 
     def request(self, wanted: int, largest: int, limit: int) -> None:
-        """Asks for as many whole batches as are not too many."""
-        micro, least = self.first.micro, self.first.accumulation
-        most = None if limit == self.epoch_samples else limit
-        plan = plan_for(wanted, self._ranks, micro, least, max_batch=most)
-        whole = plan.accumulation if plan.micro == micro else max(plan.accumulation // 2, least)
-        self._next_plan = BatchPlan(micro, whole)
+        """Asks for as many whole batches as are not too many: a power of two times the first accumulation."""
+        accumulation, batch = self.first.accumulation, self.first.micro * self._ranks
+        while 2 * accumulation * batch <= min(wanted, limit):
+            accumulation *= 2
+        self._next_plan = BatchPlan(self.first.micro, accumulation)
 
     def release(self) -> None:
         """Nothing: nothing was touched."""

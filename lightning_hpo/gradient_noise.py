@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from lightning_hpo import distributed
 from lightning_hpo.functional.batching.variances import coordinate_batch, group_trace, inner_product_variance
 from lightning_hpo.gradients import GroupNorms, squared_norm, sum_of_squares
-from lightning_hpo.nn.per_sample import compiled_modules
+from lightning_hpo.noise_estimators import Estimator
+from lightning_hpo.sharded_gradients import ShardedGradients
 from lightning_hpo.single_samples import SingleSamples
-from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers
+from lightning_hpo.stateless import PerSampleGradients
 
-__all__ = ["Estimator", "GradientNoise", "Reading", "choose_estimators"]
+__all__ = ["GradientNoise", "Reading"]
 
-Estimator = Literal["micro_batch", "ghost", "vmap", "difference"]
 _FEWEST_GROUPS = 4  # below this the variance between micro-batches is mostly luck
-_ENOUGH = 0.9  # share of the parameters that layer rules must cover for "auto" to take ghost norms
 
 
 class Reading(NamedTuple):
@@ -35,53 +34,6 @@ class Reading(NamedTuple):
     samples: int
 
 
-def choose_estimators(
-    estimator: str, module: nn.Module, single_samples: bool, groups: int
-) -> tuple[list[Estimator], dict[str, Tensor], list[str]]:
-    """Which estimators to use for a module, cheapest first, and on which parameters.
-
-    Args:
-        estimator: One of :data:`Estimator`, or ``"auto"``.
-        module: The user's module.
-        single_samples: Whether the policy needs gradients of single samples.
-        groups: Micro-batches of the first optimizer steps, over all ranks.
-
-    Returns:
-        The estimators; the parameters they watch by name, without those that layer rules do not cover where layer
-        rules are used; the problems, each with what to change.
-    """
-    trained: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    mixing = batch_mixing_layers(module)
-    covered = {name: trained[name] for name in PerSampleGradients(module).covered}
-    share = sum(p.numel() for p in covered.values()) / max(sum(p.numel() for p in trained.values()), 1)
-    compiled = compiled_modules(module)
-    ghost = not mixing and not compiled and share >= _ENOUGH
-    exact: Estimator = "ghost" if ghost else "vmap"
-    chosen: list[Estimator] = [exact] if single_samples else ["micro_batch", "ghost" if ghost else "difference"]
-    if estimator != "auto":
-        chosen = [cast(Estimator, estimator)]
-    problems = []
-    if mixing and {"ghost", "vmap"} & set(chosen):
-        problems.append(
-            f"{', '.join(mixing)} mix the samples of a batch, so that a single sample has no gradient; use "
-            "`estimator='micro_batch'`, or another norm."
-        )
-    if "ghost" in chosen and compiled:
-        problems.append(
-            f"compiled modules ({', '.join(compiled)}) do not run hooks; use `estimator='micro_batch'` or 'difference'."
-        )
-    if chosen == ["ghost"] and not covered:
-        problems.append("no layer of the module has a rule for ghost norms; use `estimator='vmap'`.")
-    if chosen == ["micro_batch"] and groups < 2:
-        problems.append(
-            "`estimator='micro_batch'` compares micro-batches, and a step has one; set `accumulate_grad_batches` to 2 "
-            "or more, use more ranks, or `estimator='difference'`."
-        )
-    if single_samples and not {"ghost", "vmap"} & set(chosen):
-        problems.append(f"the policy needs gradients of single samples; use `estimator='ghost'`, not {estimator!r}.")
-    return chosen, covered if "ghost" in chosen else trained, problems
-
-
 class GradientNoise:
     """Reads the noise of the gradient out of the steps that a training loop takes anyway.
 
@@ -95,6 +47,8 @@ class GradientNoise:
         inner: Whether the inner products with the mean gradient are needed; then ``"ghost"`` or ``"vmap"`` it is.
         coordinate: Quantile of the coordinate-wise test, or None where it is not needed; the same holds.
         max_samples: Samples that ``"ghost"`` and ``"vmap"`` look at in each micro-batch; None for all.
+        sharded: Whether each rank holds a part of every gradient; then ``"micro_batch"`` it is, and a group is a
+            micro-batch of all ranks together.
         strict: Whether it is an error if samples cannot be told apart in a layer; otherwise ghost norms are given up.
     """
 
@@ -106,6 +60,7 @@ class GradientNoise:
         inner: bool = False,
         coordinate: float | None = None,
         max_samples: int | None = None,
+        sharded: bool = False,
         strict: bool = True,
     ) -> None:
         self.estimators, self.inner, self.coordinate, self.max_samples = estimators, inner, coordinate, max_samples
@@ -117,7 +72,10 @@ class GradientNoise:
         self._norms: dict[int, list[Tensor]] = {}  # of micro-batches' gradients, by the samples they have
         self._seen = 0  # micro-batches of the window
         self._batch: Any = None
-        self._groups = GroupNorms(self._parameters.values()) if "micro_batch" in estimators else None
+        self._shards = ShardedGradients(self._parameters.values()) if sharded else None
+        self._groups: GroupNorms | None = None
+        if "micro_batch" in estimators and not sharded:
+            self._groups = GroupNorms(self._parameters.values())
         self._ghost: PerSampleGradients | None = None
         if "ghost" in estimators:
             self._ghost = PerSampleGradients(module, max_samples, keep=self._single, strict=strict)
@@ -135,10 +93,13 @@ class GradientNoise:
         """Begins a window.
 
         Args:
-            groups: Micro-batches of the window over all ranks; 0 if nothing shall be read from it.
+            groups: Groups of samples whose gradients can be told apart in it; 0 if nothing shall be read from it.
         """
         self._sums, self._norms, self._seen = [], {}, 0
         self.using = self._choose(groups) if groups else None
+        if self._shards is not None:
+            self._shards.clear()
+            self._shards.enabled = self.using is not None
         if self._groups is not None:
             self._groups.clear()
             self._groups.enabled = self.using == "micro_batch"
@@ -160,6 +121,11 @@ class GradientNoise:
                 return estimator
         return None
 
+    def before_backward(self) -> None:
+        """Prepares for the backward pass of a micro-batch; call it when gradients will only be added to."""
+        if self._shards is not None:
+            self._shards.before_backward()
+
     def after_backward(self, batch: Any, size: int, unscale: Tensor | float) -> None:
         """Notes what the backward pass of one micro-batch has shown.
 
@@ -168,7 +134,9 @@ class GradientNoise:
             size: Its samples on this rank.
             unscale: What turns the gradient seen into that of the micro-batch's mean loss.
         """
-        if self.using == "micro_batch" and self._groups is not None:
+        if self._shards is not None:
+            self._shards.after_backward()
+        elif self.using == "micro_batch" and self._groups is not None:
             self._norms.setdefault(size, []).extend(self._groups.norms())
         elif self.using == "ghost" and self._ghost is not None:
             self._take_ghost(self._ghost, size, unscale)
@@ -202,10 +170,16 @@ class GradientNoise:
         Returns:
             The reading, or None if this window gives none.
         """
-        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         unseen = self._seen != len(sizes)  # a step without a loss
         unseen = unseen or (self.using == "vmap" and self._left != 0)
-        if unseen or self.using is None or not gradients or samples < 2:
+        if unseen or self.using is None or samples < 2:
+            return None
+        if self._shards is not None:
+            weighted, square = self._shards.read(sizes, self._unscale)
+            trace = group_trace(weighted, samples, len(sizes), square)
+            return Reading(torch.stack([trace, square, 0 * square, 0 * square]), samples)
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        if not gradients:
             return None
         if self.using == "difference":
             return self._difference(list(gradients.values()), samples)

@@ -25,7 +25,8 @@ L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
     *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
-    *("gradient_noise", "scaled_step", "batch_controller", "tuned_optimizer"),
+    *("gradient_noise", "noise_estimators", "sharded_gradients"),
+    *("scaled_step", "batch_controller", "tuned_optimizer"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -45,7 +46,12 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "batch_source": (TORCH | {"lightning"}, (*L0, "data", "live_loader")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),
-    "gradient_noise": (TORCH, (*L0, "distributed", "gradients", "single_samples", "stateless")),
+    "noise_estimators": (TORCH, (*L0, "stateless")),
+    "sharded_gradients": (TORCH, (*L0, "distributed", "gradients")),
+    "gradient_noise": (
+        TORCH,
+        (*L0, "distributed", "gradients", "noise_estimators", "sharded_gradients", "single_samples", "stateless"),
+    ),
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
     "tuned_optimizer": (TORCH, (*L0, "hyper")),

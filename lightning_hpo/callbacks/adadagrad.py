@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -21,11 +22,14 @@ from lightning_hpo.functional.batching.learning_rate import AdaScale, LearningRa
 from lightning_hpo.functional.batching.plan import BatchPlan
 from lightning_hpo.functional.batching.policies import NormTest, Policy
 from lightning_hpo.functional.optim.sample_lr import SampleLR
-from lightning_hpo.gradient_noise import GradientNoise, choose_estimators
+from lightning_hpo.gradient_noise import GradientNoise
+from lightning_hpo.noise_estimators import choose_estimators
 from lightning_hpo.scaled_step import ScaledStep
+from lightning_hpo.sharded_gradients import shard_problems
 
 __all__ = ["AdaptiveBatchSize"]
 
+_WHOLE_SHARDS = ("FULL_SHARD", "SHARD_GRAD_OP")  # of FSDP: no two ranks hold the same part of a gradient
 _FEWEST_STEPS = 16  # of an epoch, where the user names no largest batch
 
 
@@ -140,6 +144,7 @@ class AdaptiveBatchSize(MethodCallback):
         self._batch: Any = None
         self._losses: list[Tensor] = []
         self._users_accumulation: int | None = None
+        self._groups_in_batch = 1  # gradients that a batch of all ranks shows
 
     # What has been learned
 
@@ -197,7 +202,8 @@ class AdaptiveBatchSize(MethodCallback):
             return
         if trainer.global_step == 0:  # a checkpoint is read after this
             self._forget()
-        self.refuse_sharded_strategy(trainer)
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            self.raise_all(["`DeepSpeedStrategy` fixes accumulation when training begins; use another strategy."])
         self.require_automatic_optimization(pl_module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rivals = [c for c in callbacks if isinstance(c, (BatchSizeFinder, GradientAccumulationScheduler))]
@@ -256,11 +262,11 @@ class AdaptiveBatchSize(MethodCallback):
         needs = self.controller.needs
         if not needs:
             return
-        groups = self._batches_from.first.accumulation * trainer.world_size
-        estimators, watched, problems = choose_estimators(
-            self.estimator, pl_module, single_samples=bool(needs & {"inner", "coordinate"}), groups=groups
-        )
-        self.raise_all(problems)
+        sharded, single = self.is_sharded(trainer), bool(needs & {"inner", "coordinate"})
+        self._groups_in_batch = 1 if sharded else trainer.world_size
+        groups = self._batches_from.first.accumulation * self._groups_in_batch
+        estimators, watched, problems = choose_estimators(self.estimator, pl_module, single, groups, sharded)
+        self.raise_all(problems + (self._shard_problems(trainer) if sharded else []))
         if left_out := sum(p.numel() for p in self._parameters) - sum(p.numel() for p in watched.values()):
             rank_zero_info(f"`AdaptiveBatchSize` measures noise without {left_out} parameters that no rule covers.")
         self._noise = GradientNoise(
@@ -270,9 +276,16 @@ class AdaptiveBatchSize(MethodCallback):
             inner="inner" in needs,
             coordinate=getattr(self.policy, "quantile", 0.9) if "coordinate" in needs else None,
             max_samples=self.max_samples,
+            sharded=sharded,
             strict=self.estimator != "auto" or bool(needs & {"inner", "coordinate"}),
         )
         self._noise.load_state_dict(self.previous_gradient, pl_module.device)
+
+    def _shard_problems(self, trainer: Trainer) -> list[str]:
+        kind = getattr(getattr(trainer.strategy, "sharding_strategy", None), "name", _WHOLE_SHARDS[0])
+        if kind not in _WHOLE_SHARDS:
+            return [f"`sharding_strategy={kind!r}` keeps replicas of shards; use one of {_WHOLE_SHARDS}."]
+        return shard_problems(self._parameters)
 
     def _notice_schedulers(self, trainer: Trainer) -> None:
         for config in trainer.lr_scheduler_configs:
@@ -300,8 +313,10 @@ class AdaptiveBatchSize(MethodCallback):
             trainer.accumulate_grad_batches = drawn.accumulation
             if self._noise is not None:
                 due = self.controller.due(self.interval)
-                self._noise.begin(drawn.accumulation * trainer.world_size if due else 0)
+                self._noise.begin(drawn.accumulation * self._groups_in_batch if due else 0)
         self._window.add(drawn.size, self._parameters)
+        if self._noise is not None:
+            self._noise.before_backward()
         self._batch = batch
 
     @override

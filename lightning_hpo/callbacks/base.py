@@ -105,9 +105,14 @@ class MethodCallback(Callback):
             self.raise_all([f"define `{name}` on `{type(owner).__name__}`: it is needed {why}."])
         return method  # type: ignore[return-value]
 
+    @staticmethod
+    def is_sharded(trainer: Trainer) -> bool:
+        """Whether a rank holds only a part of each parameter."""
+        return isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy))
+
     def refuse_sharded_strategy(self, trainer: Trainer) -> None:
         """Refuses strategies under which a rank holds only a part of each parameter."""
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        if self.is_sharded(trainer):
             name = type(trainer.strategy).__name__
             self.raise_all([f"`{name}` shards parameters; use `strategy='ddp'` or a single device."])
 

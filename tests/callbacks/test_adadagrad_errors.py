@@ -4,7 +4,6 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
@@ -122,14 +121,6 @@ def test_loaders_that_cannot_change(loader, words):
     assert words in problem
     with pytest.raises(MisconfigurationException, match=words.replace("(", r"\(")):
         fit(AdaptiveBatchSize(), None, loader)
-
-
-@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
-def test_sharded_strategies(strategy):
-    trainer = tiny_trainer(AdaptiveBatchSize())
-    trainer.strategy.__class__ = strategy
-    with pytest.raises(MisconfigurationException, match="shards parameters; use `strategy='ddp'`"):
-        trainer.callbacks[0].setup(trainer, Line(), "fit")
 
 
 def test_optimization_by_hand():
