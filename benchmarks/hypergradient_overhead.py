@@ -73,8 +73,8 @@ def overhead(quick: bool, rounds: int) -> list[dict[str, Any]]:
         console.print(f"runs on digits: {error}")
         name, data = "digits", digits(0)
     rows = []
-    for width in (64,) if quick else (256, 1024):
-        steps = 10 if quick else 400
+    for width in (64,) if quick else (256,):
+        steps = 10 if quick else 200
         run = partial(_run, data.train, data.test, width, steps)
         methods = dict(list(METHODS.items())[:4] if quick else METHODS)
         timings = alternate({"none": partial(run, None), **{m: partial(run, a) for m, a in methods.items()}}, rounds)

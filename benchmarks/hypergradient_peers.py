@@ -1,21 +1,32 @@
 """The hypergradients of other libraries on the problem of `hypergradient_cost.py`, each through its public functions.
 
 A library that is not installed, or lacks a function, makes its methods absent. `pip install lightning-hpo[peers]`
-brings `torchopt`, `higher` and `betty-ml`. hypertorch (Grazzi et al., 2020) is in no package index: its repository holds
-the package `hypergrad`, and the packages of either name in the index are other projects. For Python 3.11 and later the
-index has betty 0.1.1, without `sama`; the repository holds 0.2.1.
+brings `torchopt`, `higher` and `betty-ml`. hypertorch (Grazzi et al., 2020) is in no package index: its repository
+holds the package `hypergrad`, and the packages of either name in the index are other projects. For Python 3.11 and
+later the index has betty 0.1.1, which lacks `sama` and whose conjugate gradients take other directions; the figures
+are those of 0.2.1 from its repository.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Estimate", "Peer", "PeerTask", "finite_difference_peers", "implicit_peers", "series_peers", "unrolled_peers"]
+__all__ = [
+    "Estimate",
+    "Peer",
+    "PeerTask",
+    "finite_difference_peers",
+    "implicit_peers",
+    "peer_versions",
+    "series_peers",
+    "unrolled_peers",
+]
 
 Estimate = Callable[[], Sequence[Tensor]]  # the hypergradients by decay and by weight
 
@@ -48,9 +59,7 @@ class Peer:
         make: From the function, the task and a number (of products, or of inner steps) to the estimate.
     """
 
-    def __init__(
-        self, label: str, module: str, name: str, make: Callable[[Any, PeerTask, int], Estimate]
-    ) -> None:
+    def __init__(self, label: str, module: str, name: str, make: Callable[[Any, PeerTask, int], Estimate]) -> None:
         self.label, self.module, self.name, self._make = label, module, name, make
 
     def missing(self) -> str | None:
@@ -134,7 +143,7 @@ def _torchopt(solve: Any, task: PeerTask, number: int) -> Estimate:
         return torch.func.grad(task.train)(weights, decay, weight)
 
     @custom_root(condition, argnums=(1, 2), solve=solve(maxiter=number, rtol=0.0))  # type: ignore[untyped-decorator]
-    def solution(weights: tuple[Tensor, ...], decay: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def solution(weights: tuple[Tensor, ...], decay: Tensor, weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG001
         return weights
 
     start = tuple(task.start)
@@ -150,9 +159,7 @@ def _betty(function: Any, task: PeerTask, number: int) -> Estimate:
     alphas = {"cg_alpha": 1.0, "darts_alpha": 0.01, "sama_adam_alpha": 1.0}
     more = {"darts_multitask": False, "sama_multitask": False}
     index = {id(value): number for number, value in enumerate(weights)}
-    states = [
-        {**state, "last_grad": state["grad"]} for state in task.adam_state
-    ]
+    states = [{**state, "last_grad": state["grad"]} for state in task.adam_state]
     settings = task.adam_settings
     group = {"lr": settings["lr"], "betas": (settings["beta1"], settings["beta2"]), "eps": settings["eps"]}
     lower = SimpleNamespace(
@@ -228,3 +235,17 @@ def unrolled_peers() -> list[Peer]:
         Peer("hypertorch reverse_unroll", "hypergrad.hypergradients", "reverse_unroll", _hypertorch_unroll),
         Peer("hypertorch reverse", "hypergrad.hypergradients", "reverse", _hypertorch_reverse),
     ]
+
+
+def peer_versions() -> dict[str, str | None]:
+    """What was measured: a version of the index, or that it came from elsewhere; None where it is not there."""
+    found: dict[str, str | None] = {}
+    for module, package in {"hypergrad": "", "torchopt": "torchopt", "betty": "betty-ml", "higher": "higher"}.items():
+        try:
+            importlib.import_module(module)
+            found[module] = version(package) if package else "from its repository"
+        except PackageNotFoundError:
+            found[module] = "from its repository"
+        except ImportError:
+            found[module] = None
+    return found
