@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts: dict[str, Any] = {"differences": [], "unrolled": [], "memory": []}
     for size in sizes:
         task = Task(WIDTHS[size], examples, trained)
-        rows += implicit(task, [3] if chosen.quick else [5, 10, 20] if size == "1M" else [10], rounds_run, absent)
+        rows += implicit(task, [2, 3] if chosen.quick else [5, 10, 20] if size == "1M" else [10], rounds_run, absent)
         facts["differences"] += differences(task, rounds_run, absent)
         if size != "10M":
             facts["unrolled"] += through_steps(task, [10, 100] if size == "100k" else [10], rounds_run, absent)

@@ -142,7 +142,7 @@ def _torchopt(solve: Any, task: PeerTask, number: int) -> Estimate:
     def condition(weights: tuple[Tensor, ...], decay: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         return torch.func.grad(task.train)(weights, decay, weight)
 
-    @custom_root(condition, argnums=(1, 2), solve=solve(maxiter=number, rtol=0.0))  # type: ignore[untyped-decorator]
+    @custom_root(condition, argnums=(1, 2), solve=solve(maxiter=number, rtol=0.0))
     def solution(weights: tuple[Tensor, ...], decay: Tensor, weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG001
         return weights
 
