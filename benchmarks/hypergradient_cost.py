@@ -12,7 +12,7 @@
    against without it, in turns.
 
 Peak memory is in units of the parameters' own, beyond what was held before. A library that is not there is left out and
-named. `pip install lightning-hpo[peers]`; see `hypergradient_peers.py` for what the package index lacks.
+named. `hypergradient_peers.py` says where to find each.
 """
 
 import warnings
