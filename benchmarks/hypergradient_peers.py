@@ -1,10 +1,10 @@
 """The hypergradients of other libraries on the problem of `hypergradient_cost.py`, each through its public functions.
 
 A library that is not installed, or lacks a function, makes its methods absent. `pip install lightning-hpo[peers]`
-brings `torchopt` and `higher`. The other two are folders of their repositories to put on the path. hypertorch (Grazzi et
-al., 2020; package `hypergrad`) is in no package index: those of either name there are other projects. For Python 3.11
-and later the index has betty 0.1.1, whose metadata a current pip refuses; it lacks `sama`, and its conjugate gradients
-take other directions. The figures are those of betty 0.2.1.
+brings `torchopt` and `higher`. The other two are folders of their repositories, to put on the path. hypertorch (Grazzi
+et al., 2020; package `hypergrad`) is in no package index: those of either name there are other projects. For Python
+3.11 and later the index has betty 0.1.1, whose metadata a current pip refuses; it lacks `sama`, and its conjugate
+gradients take other directions. The figures are those of betty 0.2.1.
 """
 
 import importlib
