@@ -17,6 +17,7 @@ def test_there_is_a_script_for_each_question():
         "adaptive_loader",
         "data_driven_tuning",
         "gradient_statistics",
+        "hypergradient_cost",
         "hypergradient_tasks",
         "inference_speed",
         "rate_learning_step",

@@ -54,14 +54,14 @@ def neumann(
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha!r}")
     system = scale(matvec, b, init=init, ridge=ridge, tol=tol, maxiter=maxiter)
-    term = system.r
-    x = system.x + alpha * term
+    term = system.r  # fresh tensors, updated in place: memory is what a term costs beside its product
+    x = system.x.add_(term, alpha=alpha)
     iterations = 0
     for _ in range(maxiter):
         if tol > 0 and bool(term @ term <= stop_at(tol, b.dtype) ** 2):
             break
-        term = term.sub(system.apply(term), alpha=alpha)
-        x = x.add(term, alpha=alpha)
+        term.sub_(system.apply(term), alpha=alpha)
+        x.add_(term, alpha=alpha)
         iterations += 1
     return system.finish(x, norm(term), torch.full_like(system.length, iterations, dtype=torch.long))
 

@@ -99,7 +99,7 @@ def central_difference(
         point: Where; its parameters are copied, not moved.
         direction: :math:`d`, a vector.
         step: :math:`h`, positive.
-        params: Whether the gradient of the parameters is wanted.
+        params: Whether the gradient of the parameters is wanted; zeros otherwise.
         hparams: Whether the gradients of the hyperparameters are wanted.
 
     Returns:
@@ -120,7 +120,7 @@ def central_difference(
     for name, upper in above_h.items():
         lower = below_h[name]
         slopes[name] = None if upper is None or lower is None else (upper - lower) / (2 * step)
-    return (above - below) / (2 * step), slopes
+    return (above - below) / (2 * step) if params else above, slopes
 
 
 class _Exact:
