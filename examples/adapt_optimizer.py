@@ -3,7 +3,7 @@
 `python examples/adapt_optimizer.py` takes half a minute; `--quick` shows nothing but that it runs. Looking one step
 ahead, which is what `Hypergradient` does where a learning rate is tuned, is short-sighted: it likes small rates. One
 that is far too low comes up until training works, but no further, and decay does not grow there; where the rate is
-high, it comes down and decay grows to what a grid would choose. Pictures are written to `adapt_optimizer_output/`.
+high, it comes down and decay grows to what a grid would choose. Pictures are written to `demo_output/`.
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_hpo import Hypergradient, HyperparameterReport
 from lightning_hpo.demos import DigitsDataModule
 
-OUTPUT = Path("adapt_optimizer_output")
+OUTPUT = Path("demo_output") / "adapt_optimizer"
 
 
 class Classifier(LightningModule):

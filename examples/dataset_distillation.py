@@ -1,7 +1,8 @@
 """Dataset distillation: ten images, one a class, on which a classifier learns what the whole data set would teach it.
 
 `python examples/dataset_distillation.py` takes half a minute; `--quick` shows nothing but that it runs. The digits are
-scikit-learn's, or MNIST's if `LIGHTNING_HPO_DATA` names the folder that holds them. Writes `distilled_images.png`.
+scikit-learn's, or MNIST's if `LIGHTNING_HPO_DATA` names the folder that holds them. Writes
+`demo_output/distilled_images.png`.
 """
 
 import logging
@@ -81,5 +82,7 @@ for axes, image in zip(figure.subplots(1, 10), module.hypers["images"].detach(),
     side = round(len(image) ** 0.5)
     axes.imshow(image.reshape(side, side), cmap="gray")
     axes.axis("off")
-figure.savefig("distilled_images.png")
-print(f"written: {Path('distilled_images.png').resolve()}")
+picture = Path("demo_output") / "distilled_images.png"
+picture.parent.mkdir(exist_ok=True)
+figure.savefig(picture)
+print(f"written: {picture.resolve()}")

@@ -1,7 +1,7 @@
 """A weight decay for each block of a Vision Transformer, learned from one small value: groups of the optimizer do it.
 
 `python examples/layer_decay.py` takes about a minute; `--quick` shows nothing but that it runs. The course of
-the values is written to `layer_decay_output/`.
+the values is written to `demo_output/layer_decay/`.
 """
 
 import logging
@@ -63,7 +63,9 @@ def run(title: str, *callbacks: Callback) -> LayeredClassifier:
 
 run("weight decay 0.01 everywhere")
 tuning = Hypergradient(tune=("weight_decay",), every_n_steps=5, warmup_steps=0 if quick else 100, lr=0.2)
-module = run("learned, a block at a time", tuning, HyperparameterReport(dirpath="layer_decay_output", every_n_steps=5))
+module = run(
+    "learned, a block at a time", tuning, HyperparameterReport(dirpath="demo_output/layer_decay", every_n_steps=5)
+)
 decays = tuning.hyperparameters()["weight_decay"]
 for part, decay in zip(module.groups(), decays if isinstance(decays, list) else [decays], strict=True):
     print(f"{part:>8}  {decay:.4f}")
