@@ -11,6 +11,7 @@ import sys
 import warnings
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -64,14 +65,16 @@ data = DigitsDataModule(batch_size=50, limit=600, val_fraction=0.5)  # 300 image
 def run(title: str, lr: float, weight_decay: float, *callbacks: Callback) -> None:
     """Trains once and prints what came of it."""
     seed_everything(0, verbose=False)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer = Trainer(
         max_steps=10 if quick else 1000,
         accelerator="cpu",
         num_sanity_val_steps=0,
         check_val_every_n_epoch=1000,
         callbacks=list(callbacks),
-        **quiet,  # type: ignore[arg-type]
+        **quiet,
     )
     module = Classifier(lr, weight_decay)
     trainer.fit(module, data)

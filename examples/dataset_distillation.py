@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -53,14 +54,17 @@ seed_everything(0, verbose=False)
 quick = "--quick" in sys.argv
 data = (MNISTDataModule if os.environ.get("LIGHTNING_HPO_DATA") else DigitsDataModule)(val_fraction=0.0)
 data.setup()
-real, test = ((part.images.flatten(1) / data.brightest, part.labels) for part in (data.train_set, data.test_set))
+sets: Any = (data.train_dataloader().dataset, data.test_dataloader().dataset)
+real, test = ((part.images.flatten(1) / data.brightest, part.labels) for part in sets)
 
 
 def fit(module: Distillation, steps: int, *callbacks: Callback) -> float:
     """Trains on the ten images; returns the accuracy on the test images."""
     classes = DataLoader(TensorDataset(torch.arange(10).repeat(steps)), batch_size=10)
     everything = DataLoader(TensorDataset(*real), batch_size=min(2000, len(real[1])))
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer = Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, callbacks=list(callbacks), **quiet)
     trainer.fit(module, classes, everything)
     return (module.network(test[0]).argmax(1) == test[1]).float().mean().item()

@@ -45,14 +45,16 @@ data = DigitsDataModule(batch_size=60, limit=600, val_fraction=0.5)  # 300 image
 def run(title: str, *callbacks: Callback) -> LayeredClassifier:
     """Trains once and prints what came of it."""
     seed_everything(0, verbose=False)
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    quiet: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     trainer = Trainer(
         max_steps=10 if quick else 600,
         accelerator="cpu",
         num_sanity_val_steps=0,
         check_val_every_n_epoch=1000,
         callbacks=list(callbacks),
-        **quiet,  # type: ignore[arg-type]
+        **quiet,
     )
     module = LayeredClassifier(model_args=VIT, lr=3e-3, weight_decay=0.01, cosine=False)
     trainer.fit(module, data)
