@@ -75,7 +75,7 @@ print(f"trained on ten images of noise: test accuracy {fit(module, 2 if quick el
 distilling = Hypergradient(estimator="ift_cg", every_n_steps=PATIENCE, lr=0.05)
 for steps in (1, 1) if quick else (20, 80):
     right = fit(module, steps * PATIENCE, distilling)
-    print(f"after {steps} steps of the images: test accuracy {right:.1%}")
+    print(f"after {steps} more steps of the images: test accuracy {right:.1%}")
 
 fresh = Distillation(real[0].shape[1])
 fresh.hypers = module.hypers
