@@ -97,11 +97,10 @@ def adam_slope(
         tensor([0.0180])
     """
     mean, square = state["exp_avg"], state["exp_avg_sq"]
-    old_mean = (mean - (1 - beta1) * grad) / beta1
-    old_square = (square - (1 - beta2) * grad * grad) / beta2
-    slope = (1 - beta1) * beta2 * old_square - beta1 * (1 - beta2) * grad * old_mean
-    root = square.sqrt() + eps
-    return lr * torch.where(root > 0, slope / root.pow(3), 0)
+    # The numerator, with m and v of after the step: (1 - beta1) v - (1 - beta2) g m.
+    slope = (square * (1 - beta1)).addcmul_(grad, mean, value=beta2 - 1)
+    root = square.sqrt().add_(eps).clamp_(min=torch.finfo(square.dtype).tiny)  # where v is 0, so is the numerator
+    return slope.div_(root).div_(root).div_(root).mul_(lr)
 
 
 def step_slope(
