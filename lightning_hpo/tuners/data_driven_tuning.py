@@ -170,7 +170,6 @@ class TaskDistributionTuner:
             keys=[task.key for task in self.tasks],
             held_out_keys=[task.key for task in self.held_out],
             run=_spread,
-            recheck=distributed.rank() == 0,
             **self._search,
         )
         self._file.join(tuning.cells or {})

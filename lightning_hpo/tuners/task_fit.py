@@ -105,9 +105,12 @@ class TaskFit:
     def _trained(self, task: TaskData, value: float) -> Iterator[tuple[Trainer, LightningModule]]:
         """A module that has been trained, and seeds as they were before training."""
         with _quiet(), isolate_rng(), _prepared(task.data):
-            yield self._fit(task, value, seed_of(self.seed, task.key))
+            seed = seed_of(self.seed, task.key)
+            module = self._made(value, seed)
+            with _prepared(module):
+                yield self._fit(task, module, seed), module
 
-    def _fit(self, task: TaskData, value: float, seed: int) -> tuple[Trainer, LightningModule]:
+    def _made(self, value: float, seed: int) -> LightningModule:
         seed_all(seed)
         module = self.module_fn(**{self.hparam: value})
         if not isinstance(module, LightningModule):
@@ -116,19 +119,21 @@ class TaskFit:
         for part in hyperparameter_sets(module).values():
             if self.hparam in part.raw:
                 part.raw[self.hparam].requires_grad_(False)  # it is searched for, not trained
+        return module
+
+    def _fit(self, task: TaskData, module: LightningModule, seed: int) -> Trainer:
+        trainer = Trainer(**copy.deepcopy(self.trainer_kwargs), **_device(self.trainer_kwargs))
         task.rewind()
         seed_all(seed)
-        trainer = Trainer(**copy.deepcopy(self.trainer_kwargs), **_device(self.trainer_kwargs))
-        with _prepared(module):
-            if isinstance(task.data, LightningDataModule):
-                trainer.fit(module, datamodule=task.data)
-            else:
-                trainer.fit(module, *task.data)
+        if isinstance(task.data, LightningDataModule):
+            trainer.fit(module, datamodule=task.data)
+        else:
+            trainer.fit(module, *task.data)
         if trainer.interrupted:
             raise KeyboardInterrupt
         task.rewind()
         seed_all(seed)
-        return trainer, module
+        return trainer
 
     def _read(self, logged: Mapping[str, float]) -> float:
         name = str(self.measure)

@@ -35,8 +35,10 @@ class Measured(Learned):
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        self.mean_loss.update((batch[0] - self.mean).square() + 0.1 * self.start)
+        losses = (batch[0] - self.mean).square() + 0.1 * self.start
+        self.mean_loss.update(losses)
         self.log("val_loss", self.mean_loss)
+        return losses.mean()
 
 
 def search(folder: str | None, **settings: Any) -> Any:
@@ -47,16 +49,8 @@ def search(folder: str | None, **settings: Any) -> Any:
 
 
 def summary(result: Any) -> dict[str, Any]:
-    parts = (
-        result.values,
-        result.best,
-        result.utilities,
-        result.held_out,
-        result.path,
-        dict(result.cells),
-        result.keys,
-    )
-    return dict(zip(("values", "best", "utilities", "held_out", "path", "cells", "keys"), parts, strict=True))
+    names = ("values", "best", "utilities", "held_out", "path", "keys")
+    return {name: getattr(result, name) for name in names} | {"cells": dict(result.cells)}
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
