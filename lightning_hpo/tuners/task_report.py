@@ -9,6 +9,7 @@ import rich
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 from lightning_hpo import distributed
@@ -139,6 +140,9 @@ class TaskDistributionResult(TaskTuning):
         left.axvline(self.best, color="tab:red", linestyle="--", linewidth=1.2, label=f"best: {self.best:.3g}")
         if self.log:
             left.set_xscale("log")
+            left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            left.xaxis.set_major_formatter("{x:g}")
+            left.xaxis.set_minor_formatter(NullFormatter())
         left.set(xlabel=self.hparam, ylabel="utility", title=f"{len(self.keys)} tasks")
         tasks = len(self.utilities)
         counts = sorted({tasks, *(round(10 ** (power / 8)) for power in range(41))})
