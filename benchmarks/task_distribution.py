@@ -9,6 +9,7 @@ to 16 neighbours; the share of the kernel is tuned. Tasks are ten random splits,
 judge by; utility is the accuracy on 1000 nodes without labels.
 """
 
+import logging
 import math
 import os
 import tempfile
@@ -35,6 +36,7 @@ from lightning_hpo.nn.kernel_adjacency import KernelAdjacency
 from lightning_hpo.tuners.task_data import seed_all, seed_of
 
 LABELLED = 30
+EXPECTED = "many workers|LeafSpec|makes all nodes alike|logging interval|Sparse CSR|jit.script"
 SHARES = (0.0, 1.0, 9)  # of the kernel's graph: from, to, points
 Task = tuple[DataLoader[Any], DataLoader[Any]]
 
@@ -159,24 +161,44 @@ def speed(tasks: int, epochs: int) -> list[dict[str, Any]]:
     return rows
 
 
+class Multiply(torch.autograd.Function):
+    """A sparse matrix, given with its transpose, times a dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, transpose: Tensor) -> Tensor:
+        """The product."""
+        ctx.transpose = transpose
+        return matrix @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The transpose times the gradient."""
+        return ctx.transpose @ grad, None, None
+
+
+def both_ways(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Row by row, and its transpose row by row: four times as fast as lists of entries."""
+    return matrix.coalesce().to_sparse_csr(), matrix.t().coalesce().to_sparse_csr()
+
+
 class CitationNetwork(LightningModule):
     """Two layers; the graph is a mixture of citations and a kernel of the words."""
 
     def __init__(self, share: float, graph: "Graph") -> None:
         super().__init__()
-        self.share, self.graph = share, graph
-        self.first = nn.Parameter(nn.init.xavier_uniform_(torch.empty(graph.words.shape[1], 16)))
+        self.graph = graph
+        self.mixture = both_ways((1 - share) * graph.citations + share * graph.kernel)
+        self.first = nn.Parameter(nn.init.xavier_uniform_(torch.empty(graph.words[0].shape[1], 16)))
         self.second = nn.Parameter(nn.init.xavier_uniform_(torch.empty(16, int(graph.y.max()) + 1)))
 
     def forward(self) -> Tensor:
         """Logits."""
-        hidden = torch.relu(self.mixed(torch.sparse.mm(self.graph.words, self.first)))
+        hidden = torch.relu(self.mixed(Multiply.apply(self.first, *self.graph.words)))
         return self.mixed(F.dropout(hidden, 0.5, self.training) @ self.second)
 
     def mixed(self, x: Tensor) -> Tensor:
         """Means over neighbours of both kinds."""
-        by_words, by_citation = torch.sparse.mm(self.graph.kernel, x), torch.sparse.mm(self.graph.citations, x)
-        return torch.lerp(by_citation, by_words, self.share)
+        return Multiply.apply(x, *self.mixture)
 
     def training_step(self, nodes: Tensor, batch_idx: int) -> Tensor:
         """Cross-entropy where labels are given."""
@@ -201,7 +223,7 @@ class Graph:
         folder = Path(os.environ["LIGHTNING_HPO_DATA"]) / name / "raw"
         data = read_planetoid_data(str(folder), name.lower())
         words = F.normalize(data.x, p=1, dim=1)
-        self.y, self.words = data.y, words.to_sparse_coo().coalesce()
+        self.y, self.words = data.y, both_ways(words.to_sparse_coo())
         self.kernel = self._matrix(*KernelAdjacency("threshold", 0.0, neighbors=16)(words))
         source, target = torch.cat([data.edge_index, torch.arange(len(words)).repeat(2, 1)], 1)
         rows = torch.bincount(target, minlength=len(words)).float()
@@ -253,7 +275,8 @@ def citations(name: str, tasks: int, steps: int) -> tuple[list[dict[str, Any]], 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parse(__doc__, arguments)
-    warnings.filterwarnings("ignore", message=".*(many workers|LeafSpec|makes all nodes alike|logging interval).*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=f".*({EXPECTED}).*")
     tasks, steps = (2, 2) if chosen.quick else (10, 100)
     fast = speed(tasks=2 if chosen.quick else 3, epochs=steps)
     columns = {"way": "", "cells": "d", "cpu_s": ".2f", "share": ".3f", "mean_accuracy": ".3f", "difference": ".3f"}

@@ -215,7 +215,7 @@ def _spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[fl
     if ranks == 1:
         yield from map(function, items)  # one by one, so that what is finished is kept
         return
-    mine = torch.zeros(len(items), dtype=torch.float64, device=_device())
+    mine = torch.zeros(len(items), dtype=torch.float64, device=distributed.device())
     error: Exception | None = None
     try:
         for index, (task, value) in enumerate(items):
@@ -227,11 +227,6 @@ def _spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[fl
         raise error or RuntimeError("a cell has failed on another rank, which says why")
     answers = distributed.gather(mine).tolist()
     yield from (answers[task.place % ranks][index] for index, (task, _) in enumerate(items))
-
-
-def _device() -> torch.device:
-    backend = torch.distributed.get_backend()
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
 
 def _trainer_problems(trainer_kwargs: Mapping[str, Any]) -> list[str]:

@@ -80,7 +80,7 @@ def task_data(tasks: Sequence[Task], keys: Sequence[str] | None = None) -> list[
         raise TypeError("; ".join(wrong))
     if distributed.rank() == 0:  # others wait, so that nothing is downloaded twice
         _prepare(tasks)
-    distributed.agree(True)
+    distributed.agree(True, distributed.device())
     if distributed.rank() > 0:
         _prepare(tasks)  # for those of another machine
     found = []

@@ -38,7 +38,7 @@ class CellFile:
         if path is not None:
             for file in [path, *self._others(path)]:
                 self.known |= self._read(file)
-        distributed.agree(True)  # nobody writes before all have read
+        distributed.agree(True, distributed.device())  # nobody writes before all have read
         self._own = dict(self.known)
         self._rank = distributed.rank()
 
@@ -61,7 +61,7 @@ class CellFile:
         """
         if self.path is not None and self._rank == 0:
             self._write(self.path, {**self._own, **cells})
-        distributed.agree(True)
+        distributed.agree(True, distributed.device())
         if self.path is not None:
             for file in self._others(self.path):
                 file.unlink(missing_ok=True)

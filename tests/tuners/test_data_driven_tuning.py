@@ -1,9 +1,12 @@
 """The tuner of tasks on a problem with known utilities, with the same random numbers, and going on after a stop."""
 
+import inspect
 import json
 import math
 import os
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_hpo
 from lightning_hpo import TaskDistributionTuner
 from lightning_hpo.functional.bilevel.data_driven_tuning import tune_over_tasks
 from tests.tuners.shrunk import MEANS, QUICK, UPPER, Learned, Shrinking, Shrunk, loader, pairs, utility
@@ -148,6 +152,18 @@ def test_every_run_has_callbacks_of_its_own() -> None:
     mine = Once()
     tuner(trainer_kwargs={**QUICK, "callbacks": [mine]}, refine=None).run()
     assert mine.used == 0
+
+
+def test_settings_on_the_page_are_those_of_the_constructor() -> None:
+    page = Path(lightning_hpo.__file__).parents[1] / "docs" / "methods" / "data_driven_tuning.md"
+    text = page.read_text().partition("## Settings")[2].partition("## Cost")[0]
+    rows = [row.split("|")[1:-1] for row in text.splitlines() if row.startswith("| `")]
+    named = {name: row[3] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    parameters = inspect.signature(TaskDistributionTuner).parameters
+    assert sorted(named) == sorted(parameters)
+    for name, parameter in parameters.items():
+        if parameter.default not in (None, inspect.Parameter.empty):
+            assert str(parameter.default) in named[name]
 
 
 # Failed cells
