@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("Tuned on past tasks, judged on fresh ones; tasks needed for a gap of 0.1", summaries, columns)
     sizes = memory(200 if chosen.quick else 2000)
     show("Memory of a kernel", sizes, {"form": "", "nodes": "d", "mebibytes": ".2f", "share": ".3f"})
-    conclude(__file__, chosen, [*rows, *sizes], summaries=summaries)
+    conclude(__file__, chosen, [*rows, *sizes], summaries=summaries, memory=sizes)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
+    from lightning_hpo.tuners.data_driven_tuning import TaskDistributionTuner
 
 __all__ = [
     "CABS",
@@ -86,6 +87,7 @@ __all__ = [
     "Simplex",
     "SqrtScaling",
     "StageWise",
+    "TaskDistributionTuner",
     "TokenCompression",
     "TokenCompressionMixin",
     "TokenCompressionSchedule",
@@ -131,6 +133,7 @@ _HOME = {
     "Simplex": "hyper",
     "SqrtScaling": "functional.batching.learning_rate",
     "StageWise": "functional.batching.ramps",
+    "TaskDistributionTuner": "tuners.data_driven_tuning",
     "TokenCompression": "callbacks.diffrate",
     "TokenCompressionMixin": "models.diffrate",
     "TokenCompressionSchedule": "functional.compression.schedule",

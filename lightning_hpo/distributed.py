@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "broadcast", "gather", "mean", "mean_gradients", "minimum", "rank", "sum", "world_size"]
+__all__ = ["agree", "broadcast", "device", "gather", "mean", "mean_gradients", "minimum", "rank", "sum", "world_size"]
 
 
 def world_size() -> int:
@@ -31,6 +31,18 @@ def rank() -> int:
         0
     """
     return dist.get_rank() if _initialized() else 0
+
+
+def device() -> torch.device:
+    """Where tensors must be to be sent: this rank's CUDA device with NCCL, else the CPU.
+
+    Example:
+        >>> device()
+        device(type='cpu')
+    """
+    if _initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def sum(tensor: Tensor) -> Tensor:  # noqa: A001 - read as `distributed.sum`

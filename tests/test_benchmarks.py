@@ -22,6 +22,7 @@ def test_there_is_a_script_for_each_question():
         "inference_speed",
         "rate_learning_step",
         "survival_mask",
+        "task_distribution",
         "token_compression_quality",
     ]
 

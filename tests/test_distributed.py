@@ -19,6 +19,7 @@ def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     seen: dict[str, Any] = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    seen["on the CPU"] = distributed.device().type == "cpu"
 
     ours = torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([3.0, 8.0])
     seen["mean"] = distributed.mean(ours)
@@ -73,6 +74,7 @@ def test_both_ranks_see_the_same(ranks: list[dict[str, Any]]) -> None:
 def test_ranks_are_counted(ranks: list[dict[str, Any]]) -> None:
     assert [r["rank"] for r in ranks] == [0, 1]
     assert {r["world_size"] for r in ranks} == {2}
+    assert all(r["on the CPU"] for r in ranks)  # gloo sends from there
 
 
 def test_mean_and_sum(ranks: list[dict[str, Any]]) -> None:

@@ -57,6 +57,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "tuned_optimizer": (TORCH, (*L0, "hyper")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks")),
+    "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),
     "cli": (ANYTHING, ANYTHING),
     "testing": (ANYTHING, ANYTHING),
@@ -187,7 +188,7 @@ def test_the_private_check_finds_trespassers(source: str) -> None:
 def test_importing_the_package_costs_nothing() -> None:
     code = """
 import sys, lightning_hpo
-from lightning_hpo import callbacks, demos, functional, models, nn, testing
+from lightning_hpo import callbacks, demos, functional, models, nn, testing, tuners
 from lightning_hpo.functional import compression
 print(*{name.split(".")[0] for name in sys.modules} & {"torch", "lightning", "timm", "numpy", "matplotlib", "sklearn"})
 """

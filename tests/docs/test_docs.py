@@ -15,6 +15,7 @@ from PIL import Image
 import lightning_hpo
 from lightning_hpo.cli.methods import find_methods
 from lightning_hpo.testing import run  # noqa: F401 - must know the Trainer before it is replaced
+from lightning_hpo.tuners import task_fit  # noqa: F401 - this one, too
 
 ROOT = Path(lightning_hpo.__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
