@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import Hypergradient, HyperparameterSet, Positive
+from lightning_hpo.module_hypergradient import choose_estimator
 from lightning_hpo.testing import TinyImages, tiny_trainer
 from lightning_hpo.testing.run import fit_two_ranks
 
@@ -77,7 +78,7 @@ def test_wrong_values(arguments, words):
 
 
 def test_all_wrong_values_at_once():
-    with pytest.raises(ValueError, match=r"tune.*estimator.*every_n_steps.*lr.*product.*sync"):
+    with pytest.raises(ValueError, match=r"tune.*every_n_steps.*lr.*estimator.*product.*sync"):
         Hypergradient(tune=("x",), estimator="x", every_n_steps=0, lr=-1, product="x", sync="x")
 
 
@@ -86,7 +87,7 @@ def test_all_wrong_values_at_once():
 def test_what_does_not_change_where_training_ends_needs_an_estimator_that_follows_it(estimator, name):
     with pytest.raises(ValueError, match=rf"'{estimator}' looks at where training ends, which \['{name}'\] do not"):
         Hypergradient(tune=("weight_decay", name), estimator=estimator)
-    assert Hypergradient(tune=("weight_decay", name))._estimator() == "unrolled"
+    assert choose_estimator("auto", ("weight_decay", name)) == "unrolled"
 
 
 @pytest.mark.parametrize(("value", "words"), [(-0.1, "above 0, got -0.1"), (float("inf"), "finite")])
