@@ -13,6 +13,7 @@
    steps (`ahead`), which is what one would like to follow.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,26 @@ def cleaning_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     seeds = ("--seeds", {"type": int, "default": 3, "help": "of the training runs; 3 by default"})
     assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
-    chosen = parse(__doc__, arguments, seeds, assets)
+    keep = (
+        "--keep",
+        {"type": Path, "help": "a JSON file of this script: only decay is run, the rest is taken from there"},
+    )
+    chosen = parse(__doc__, arguments, seeds, assets, keep)
     be_quiet()
     seeds_run = 1 if chosen.quick else chosen.seeds
-    facts: dict[str, Any] = {"estimators": estimators(chosen.quick), "figures": figures(chosen.quick)}
+    facts: dict[str, Any] = {}
+    if chosen.keep:
+        known = json.loads(chosen.keep.read_text(encoding="utf-8"))
+        facts = {name: known[name] for name in ("estimators", "figures", "cleaning", "cleaning_runs")}
+    else:
+        facts = {"estimators": estimators(chosen.quick), "figures": figures(chosen.quick)}
     tuned = list(decay(seeds_run, 20 if chosen.quick else 3000))
     facts |= {"decay": decay_means(tuned), "decay_runs": tuned}
     rows = facts["figures"]
-    write(__file__, chosen, rows, **facts)  # the rest takes a while
-    cleaned = list(cleaning(seeds_run, 20 if chosen.quick else 1000))
-    facts |= {"cleaning": cleaning_means(cleaned), "cleaning_runs": cleaned}
+    if not chosen.keep:
+        write(__file__, chosen, rows, **facts)  # the rest takes a while
+        cleaned = list(cleaning(seeds_run, 20 if chosen.quick else 1000))
+        facts |= {"cleaning": cleaning_means(cleaned), "cleaning_runs": cleaned}
     if folder := chosen.assets or (None if chosen.quick else ASSETS):
         draw_bias(folder / "implicit_differentiation_bias.png", facts["estimators"])
         draw_decay(folder / "implicit_differentiation_decay.png", tuned)

@@ -24,7 +24,7 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
-    *("data", "held_out", "live_loader", "accumulation", "gradients", "module_hypergradient"),
+    *("data", "held_out", "live_loader", "accumulation", "gradients", "module_hypergradient", "raw_hyperparameters"),
     *("gradient_noise", "scaled_step", "batch_controller", "tuned_optimizer"),
 )
 
@@ -42,6 +42,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "held_out": (TORCH, (*L0, "distributed")),
     "module_losses": (TORCH, (*L0, "hyper", "stateless")),
     "module_hypergradient": (TORCH, (*L0, "distributed", "module_losses", "tuned_optimizer")),
+    "raw_hyperparameters": (TORCH, (*L0, "distributed", "hyper", "module_losses")),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "accumulation": (TORCH, L0),
     "gradients": (TORCH, L0),

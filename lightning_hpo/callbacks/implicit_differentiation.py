@@ -8,11 +8,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.functional.bilevel.estimators import ESTIMATORS, HypergradientResult
 from lightning_hpo.functional.bilevel.problem import UnreachedError
@@ -20,7 +19,8 @@ from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.live_loader import validation_loader
 from lightning_hpo.module_hypergradient import ModuleHypergradient, choose_estimator, estimator_problems, may_go_on
-from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError, hyperparameter_sets
+from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
+from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share, step_raw
 from lightning_hpo.scaled_step import ScaledStep
 from lightning_hpo.tuned_optimizer import TunedOptimizer, tuning_problems
 
@@ -99,7 +99,7 @@ class Hypergradient(MethodCallback):
         estimator_args: dict[str, Any] | None = None,
         every_n_steps: int = 20,
         warmup_steps: int = 0,
-        lr: float = 0.01,
+        lr: float = 0.1,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         max_norm: float | None = None,
         bounds: dict[str, tuple[float, float]] | None = None,
@@ -143,7 +143,7 @@ class Hypergradient(MethodCallback):
         self._estimate: ModuleHypergradient | None = None
         self._settings: TunedOptimizer | None = None
         self._scaled: ScaledStep | None = None
-        self._hidden: list[nn.Parameter] = []  # raw hyperparameters that required a gradient
+        self._hidden = HiddenParameters()
         self._window: list[Any] = []  # batches of the coming optimizer step
         self._seen = 0
 
@@ -155,11 +155,7 @@ class Hypergradient(MethodCallback):
         sets = self._all_sets()
         if self.hypers is not None and not sets:
             sets = {"": self.hypers}
-        return {
-            f"{label}.{name}" if len(sets) > 1 else name: value
-            for label, part in sets.items()
-            for name, value in part.numbers().items()
-        }
+        return numbers(sets)
 
     # Around training
 
@@ -170,11 +166,7 @@ class Hypergradient(MethodCallback):
             return
         self.refuse_sharded_strategy(trainer)
         self.require_automatic_optimization(pl_module)
-        inside = hyperparameter_sets(pl_module)
-        found = {name.rpartition(".")[2]: part for name, part in inside.items()}
-        self._sets = found if len(found) == len(inside) else inside
-        if self.hypers is not None and all(self.hypers is not part for part in inside.values()):
-            self._sets = {**self._sets, "hypers" if "hypers" not in self._sets else "given": self.hypers}
+        self._sets = named_sets(pl_module, self.hypers)
         problems = []
         if not self._sets and not self.tune:
             problems.append(
@@ -185,14 +177,7 @@ class Hypergradient(MethodCallback):
         if not scored and not is_overridden("validation_step", pl_module):
             problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
         self.raise_all(problems)
-        self._hide()
-
-    def _hide(self) -> None:
-        """DDP must not wait for gradients that training does not compute, and no optimizer must step these."""
-        for part in self._sets.values():
-            self._hidden += [raw for raw in part.parameters() if raw.requires_grad]
-        for raw in self._hidden:
-            raw.requires_grad_(False)
+        self._hidden.hide(self._sets)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -206,13 +191,13 @@ class Hypergradient(MethodCallback):
         sets = self._all_sets()
         for part in sets.values():
             part.to(pl_module.device)
-        self._make_own_optimizer(sets)
+        if self.optimizer is None:
+            raws = [raw for part in sets.values() for raw in part.parameters()]
+            self.optimizer = self._make_optimizer(raws) if self._make_optimizer else torch.optim.Adam(raws, lr=self.lr)
         self.restore_pending()
         if self._settings is not None:
             self._settings.refresh()
-        for part in sets.values():
-            for raw in part.parameters():
-                raw.data.copy_(distributed.broadcast(raw.data))
+        share(sets)
         context = trainer.precision_plugin.train_step_context
         losses = ModuleLosses(pl_module, sets, self.train_loss, self.val_loss, context)
         self._estimate = ModuleHypergradient(
@@ -239,11 +224,6 @@ class Hypergradient(MethodCallback):
     def _all_sets(self) -> dict[str, HyperparameterSet]:
         own = {"optimizer": self.tuned} if self.tuned is not None else {}
         return {**self._sets, **own}
-
-    def _make_own_optimizer(self, sets: Mapping[str, HyperparameterSet]) -> None:
-        if self.optimizer is None:
-            raws = [raw for part in sets.values() for raw in part.parameters()]
-            self.optimizer = self._make_optimizer(raws) if self._make_optimizer else torch.optim.Adam(raws, lr=self.lr)
 
     def _attach_data(self, trainer: Trainer) -> None:
         try:
@@ -316,11 +296,7 @@ class Hypergradient(MethodCallback):
     def _step(self, gradients: Mapping[str, Tensor], norm: float) -> None:
         if self._estimate is None or self.optimizer is None:
             raise RuntimeError("training has not started")
-        shrink = min(1.0, self.max_norm / norm) if self.max_norm is not None and norm > 0 else 1.0
-        for name, raw in self._estimate.losses.hparams.items():
-            raw.grad = gradients[name].to(raw.dtype) * shrink
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        step_raw(self.optimizer, self._estimate.losses.hparams, gradients, norm, self.max_norm)
         if self._settings is not None:
             self._settings.refresh()
 
@@ -356,11 +332,10 @@ class Hypergradient(MethodCallback):
     def _release(self) -> None:
         if self._scaled is not None:
             self._scaled.remove()
-        for raw in self._hidden:
-            raw.requires_grad_(True)
+        self._hidden.show()
         self.held_out.detach()
         self._estimate = self._settings = self._scaled = None
-        self._hidden, self._window = [], []
+        self._window = []
 
 
 def _mean(value: float | list[float]) -> float:
