@@ -10,65 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hpo import distributed
 from lightning_hpo.functional.bilevel.estimators import ESTIMATORS, Estimator, HypergradientResult, Problem
-from lightning_hpo.functional.bilevel.problem import identity
+from lightning_hpo.functional.bilevel.problem import UnreachedError, identity
 from lightning_hpo.functional.bilevel.second_derivatives import second_derivatives_missing
+from lightning_hpo.hypergradient_arguments import choose_estimator
 from lightning_hpo.module_losses import ModuleLosses, PureLoss
 from lightning_hpo.tuned_optimizer import TunedOptimizer
 
-__all__ = ["ModuleHypergradient", "choose_estimator", "estimator_problems", "may_go_on"]
-
-
-def choose_estimator(estimator: str, tune: Sequence[str]) -> str:
-    """The estimator that ``"auto"`` stands for.
-
-    Args:
-        estimator: A name in :data:`~lightning_hpo.functional.bilevel.estimators.ESTIMATORS`, or ``"auto"``.
-        tune: The settings of the optimizer that are tuned.
-
-    Returns:
-        ``"unrolled"`` where a setting is tuned that does not change where training ends, ``"ift_cg"`` otherwise; any
-        other name as it is.
-
-    Example:
-        >>> choose_estimator("auto", ("lr",)), choose_estimator("auto", ("weight_decay",))
-        ('unrolled', 'ift_cg')
-    """
-    if estimator != "auto":
-        return estimator
-    return "unrolled" if _of_the_way(tune) else "ift_cg"
-
-
-def estimator_problems(estimator: str, tune: Sequence[str], product: str, sync: str) -> list[str]:
-    """What is wrong with the arguments of :class:`ModuleHypergradient`, in words.
-
-    Args:
-        estimator: Its name, or ``"auto"``.
-        tune: The settings of the optimizer that are tuned.
-        product: How second derivatives are taken.
-        sync: What is averaged over ranks.
-
-    Returns:
-        One phrase a problem.
-
-    Example:
-        >>> estimator_problems("ift_cg", ("weight_decay",), "auto", "none")
-        ["sync must be 'exact' or 'local', got 'none'"]
-    """
-    checks = {
-        f"estimator must be 'auto' or one of {sorted(ESTIMATORS)}, got {estimator!r}": estimator == "auto"
-        or estimator in ESTIMATORS,
-        f"product must be 'auto', 'exact' or 'fd', got {product!r}": product in ("auto", "exact", "fd"),
-        f"sync must be 'exact' or 'local', got {sync!r}": sync in ("exact", "local"),
-    }
-    problems = [problem for problem, holds in checks.items() if not holds]
-    entry = ESTIMATORS.get(choose_estimator(estimator, tune))
-    if entry is not None and not entry.follows_steps and _of_the_way(tune):
-        following = tuple(name for name, other in ESTIMATORS.items() if other.follows_steps)
-        problems.append(
-            f"{estimator!r} looks at where training ends, which {_of_the_way(tune)} do not change; use one of "
-            f"{following}"
-        )
-    return problems
+__all__ = ["ModuleHypergradient", "may_go_on"]
 
 
 class ModuleHypergradient:
@@ -158,6 +106,8 @@ class ModuleHypergradient:
         kind = "exact" if self.product == "auto" else self.product
         try:
             result = self._run(problem, params, state, settings, kind)
+        except UnreachedError as error:
+            raise UnreachedError(f"{error}: the training step does not read it") from error
         except RuntimeError as error:
             if not (self.product == "auto" and self.entry.has_product and second_derivatives_missing(error)):
                 raise
@@ -217,11 +167,6 @@ def may_go_on(result: HypergradientResult) -> bool:
         True where nothing was solved, or the solve converged without meeting negative curvature.
     """
     return result.info is None or bool(result.info.converged & ~result.info.negative_curvature)
-
-
-def _of_the_way(tune: Sequence[str]) -> list[str]:
-    """Settings that change the way of training and not where it ends."""
-    return sorted(set(tune) - {"weight_decay"})
 
 
 def _twice_differentiable(loss: PureLoss) -> PureLoss:

@@ -24,7 +24,8 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
-    *("data", "held_out", "live_loader", "accumulation", "gradients", "module_hypergradient", "raw_hyperparameters"),
+    *("data", "held_out", "live_loader", "accumulation", "gradients", "module_hypergradient"),
+    *("raw_hyperparameters", "hypergradient_arguments"),
     *("gradient_noise", "scaled_step", "batch_controller", "tuned_optimizer"),
 )
 
@@ -41,7 +42,11 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "data": (TORCH, L0),
     "held_out": (TORCH, (*L0, "distributed")),
     "module_losses": (TORCH, (*L0, "hyper", "stateless")),
-    "module_hypergradient": (TORCH, (*L0, "distributed", "module_losses", "tuned_optimizer")),
+    "hypergradient_arguments": (TORCH, (*L0, "tuned_optimizer")),
+    "module_hypergradient": (
+        TORCH,
+        (*L0, "distributed", "hypergradient_arguments", "module_losses", "tuned_optimizer"),
+    ),
     "raw_hyperparameters": (TORCH, (*L0, "distributed", "hyper", "module_losses")),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "accumulation": (TORCH, L0),

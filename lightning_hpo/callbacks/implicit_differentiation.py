@@ -17,12 +17,13 @@ from lightning_hpo.functional.bilevel.estimators import ESTIMATORS, Hypergradien
 from lightning_hpo.functional.bilevel.problem import UnreachedError
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.hyper import HyperparameterSet
+from lightning_hpo.hypergradient_arguments import argument_problems, choose_estimator
 from lightning_hpo.live_loader import validation_loader
-from lightning_hpo.module_hypergradient import ModuleHypergradient, choose_estimator, estimator_problems, may_go_on
+from lightning_hpo.module_hypergradient import ModuleHypergradient, may_go_on
 from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
 from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share, step_raw
 from lightning_hpo.scaled_step import ScaledStep
-from lightning_hpo.tuned_optimizer import TunedOptimizer, tuning_problems
+from lightning_hpo.tuned_optimizer import TunedOptimizer
 
 __all__ = ["Hypergradient"]
 
@@ -116,7 +117,10 @@ class Hypergradient(MethodCallback):
         self.bounds, self.val_dataloader = dict(bounds or {}), val_dataloader
         self.train_loss, self.val_loss, self.product, self.sync = train_loss, val_loss, product, sync
         self._make_optimizer = optimizer
-        if problems := self._argument_problems():
+        problems = argument_problems(
+            self.tune, self.bounds, estimator, product, sync, every_n_steps, warmup_steps, lr, max_norm
+        )
+        if problems:
             raise ValueError(f"`Hypergradient`: {'; '.join(problems)}.")
         self.tuned: HyperparameterSet | None = None  # settings of the optimizer, once it is there
         self.optimizer: Optimizer | None = None
@@ -124,19 +128,6 @@ class Hypergradient(MethodCallback):
         self.steps = self.useless = 0
         self.carried: dict[str, Any] = {}  # what the estimator hands to its next call
         self._reset()
-
-    def _argument_problems(self) -> list[str]:
-        checks = {
-            f"every_n_steps must be a positive integer, got {self.every_n_steps!r}": _whole(self.every_n_steps, 1),
-            f"warmup_steps must be an integer of at least 0, got {self.warmup_steps!r}": _whole(self.warmup_steps, 0),
-            f"lr must be positive, got {self.lr!r}": self.lr > 0,
-            f"max_norm must be positive, got {self.max_norm!r}": self.max_norm is None or self.max_norm > 0,
-        }
-        return [
-            *tuning_problems(self.tune, self.bounds),
-            *(problem for problem, holds in checks.items() if not holds),
-            *estimator_problems(self.estimator, self.tune, self.product, self.sync),
-        ]
 
     def _reset(self) -> None:
         self._sets: dict[str, HyperparameterSet] = {}
@@ -228,8 +219,6 @@ class Hypergradient(MethodCallback):
     def _attach_data(self, trainer: Trainer) -> None:
         try:
             loader: Any = validation_loader(trainer) if self.val_dataloader is None else self.val_dataloader
-            if hasattr(loader, "__len__") and not len(loader):
-                raise ValueError("the validation loader is empty; give one with data as `val_dataloader`")
             self.held_out.attach(loader)
         except ValueError as error:
             self.raise_all([f"{error}."])
@@ -284,11 +273,8 @@ class Hypergradient(MethodCallback):
     def _hypergradient(self, estimate: ModuleHypergradient, held_out: list[Any]) -> HypergradientResult:
         try:
             return estimate.estimate(self._window, held_out, self.carried or None)
-        except NoLossError as error:
+        except (NoLossError, UnreachedError) as error:
             self.raise_all([f"{error}."])
-            raise
-        except UnreachedError as error:
-            self.raise_all([f"{error}: the training step does not read it."])
             raise
         finally:
             self.product = estimate.product  # a fallback holds for fits to come
@@ -340,7 +326,3 @@ class Hypergradient(MethodCallback):
 
 def _mean(value: float | list[float]) -> float:
     return value if isinstance(value, float) else sum(value) / len(value)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

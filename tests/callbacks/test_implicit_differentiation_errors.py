@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import Hypergradient, HyperparameterSet, Positive
-from lightning_hpo.module_hypergradient import choose_estimator
+from lightning_hpo.hypergradient_arguments import choose_estimator
 from lightning_hpo.testing import TinyImages, tiny_trainer
 from lightning_hpo.testing.run import fit_two_ranks
 
@@ -78,7 +78,7 @@ def test_wrong_values(arguments, words):
 
 
 def test_all_wrong_values_at_once():
-    with pytest.raises(ValueError, match=r"tune.*every_n_steps.*lr.*estimator.*product.*sync"):
+    with pytest.raises(ValueError, match=r"tune.*estimator.*every_n_steps.*lr.*product.*sync"):
         Hypergradient(tune=("x",), estimator="x", every_n_steps=0, lr=-1, product="x", sync="x")
 
 
