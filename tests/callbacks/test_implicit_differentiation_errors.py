@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import Hypergradient, HyperparameterSet, Positive
 from lightning_hpo.hypergradient_arguments import choose_estimator
@@ -169,6 +169,16 @@ def test_several_validation_loaders(val):
 def test_an_empty_validation_loader(empty):
     with pytest.raises(MisconfigurationException, match="the validation loader is empty"):
         fit(Hypergradient(**DECAY, val_dataloader=empty))
+
+
+def test_validation_data_may_be_a_stream():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data().dataset)
+
+    callback = Hypergradient(**DECAY, val_dataloader=DataLoader(Stream(), batch_size=4))
+    fit(callback)
+    assert callback.held_out.position == 3
 
 
 def test_a_validation_loader_that_can_be_read_only_once():
