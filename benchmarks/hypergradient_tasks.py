@@ -13,12 +13,13 @@
    steps (`ahead`), which is what one would like to follow.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from batch_runs import be_quiet
-from common import conclude, parse, show, write
+from common import RESULTS, conclude, parse, show, write
 from hypergradient_bias import estimators
 from hypergradient_figures import figures
 from hypergradient_plots import draw_bias, draw_decay
@@ -45,16 +46,27 @@ def cleaning_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     seeds = ("--seeds", {"type": int, "default": 3, "help": "of the training runs; 3 by default"})
     assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
-    chosen = parse(__doc__, arguments, seeds, assets)
+    redo = ("--redo", {"help": "learned decays, by name and with commas between; all else stays as the file has it"})
+    chosen = parse(__doc__, arguments, seeds, assets, redo)
     be_quiet()
     seeds_run = 1 if chosen.quick else chosen.seeds
-    facts: dict[str, Any] = {"estimators": estimators(chosen.quick), "figures": figures(chosen.quick)}
-    tuned = list(decay(seeds_run, 20 if chosen.quick else 3000))
-    facts |= {"decay": decay_means(tuned), "decay_runs": tuned}
-    rows = facts["figures"]
-    write(__file__, chosen, rows, **facts)  # the rest takes a while
-    cleaned = list(cleaning(seeds_run, 20 if chosen.quick else 1000))
-    facts |= {"cleaning": cleaning_means(cleaned), "cleaning_runs": cleaned}
+    steps = 20 if chosen.quick else 3000
+    facts: dict[str, Any] = {}
+    if chosen.redo:
+        names = chosen.redo.split(",")
+        facts = json.loads((chosen.out or RESULTS / "hypergradient_tasks.json").read_text(encoding="utf-8"))
+        kept = [row for row in facts.pop("decay_runs") if row["method"] not in names]
+        tuned, rows = [*kept, *decay(seeds_run, steps, names)], facts.pop("rows")
+        facts |= {"decay": decay_means(tuned), "decay_runs": tuned, "redone": chosen.redo}
+        chosen.redo = None
+        facts = {key: value for key, value in facts.items() if key not in ("command", "machine")}
+    else:
+        facts = {"estimators": estimators(chosen.quick), "figures": figures(chosen.quick)}
+        tuned, rows = list(decay(seeds_run, steps)), facts["figures"]
+        facts |= {"decay": decay_means(tuned), "decay_runs": tuned}
+        write(__file__, chosen, rows, **facts)  # the rest takes a while
+        cleaned = list(cleaning(seeds_run, 20 if chosen.quick else 1000))
+        facts |= {"cleaning": cleaning_means(cleaned), "cleaning_runs": cleaned}
     if folder := chosen.assets or (None if chosen.quick else ASSETS):
         draw_bias(folder / "implicit_differentiation_bias.png", facts["estimators"])
         draw_decay(folder / "implicit_differentiation_decay.png", tuned)

@@ -1,6 +1,6 @@
 """Endless batches of data that nobody trains on."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -52,9 +52,11 @@ class HeldOutBatches:
             loader: A ``DataLoader``, or anything that can be iterated over again and again.
 
         Raises:
-            ValueError: If there is not one sample for each rank.
+            ValueError: If the loader is empty, or has not one sample for each rank.
         """
         self.detach()
+        if _is_empty(loader):
+            raise ValueError("the validation loader is empty; give one with data as `val_dataloader`")
         if isinstance(loader, DataLoader) and _is_plain(loader):
             self._order = _Order(len(loader.dataset), loader.batch_size or 1, self.seed)  # type: ignore[arg-type]
             self._loader = _with_order(loader, self._order)
@@ -138,6 +140,13 @@ class _Order(Sampler[list[int]]):
         order = torch.randperm(self.samples, generator=generator)
         for start in range(self.first, self.samples - self.joined + 1, self.joined):
             yield order[start + distributed.rank() : start + self.joined : distributed.world_size()].tolist()
+
+
+def _is_empty(loader: Iterable[Any]) -> bool:
+    try:
+        return isinstance(loader, Sized) and not len(loader)
+    except TypeError:  # a loader of a stream has a length only in name
+        return False
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo.functional.losses import scalar_of
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.stateless import Recorder, call_step, muted
 
@@ -231,10 +232,11 @@ def _step(module: nn.Module, name: str) -> ModuleLoss:
 
 
 def _scalar(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise NoLossError(f"the {name} must be a scalar tensor, got {shape}")
-    return value.reshape(()).float() if value.dtype in (torch.float16, torch.bfloat16) else value.reshape(())
+    try:
+        loss = scalar_of(value, f"the {name}")
+    except ValueError as error:
+        raise NoLossError(str(error)) from None
+    return loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
 
 
 def _devices(params: Mapping[str, Tensor]) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hpo.functional.batching.vmap_statistics import PerSampleStatistics, per_sample_statistics
+from lightning_hpo.functional.losses import scalar_of
 from lightning_hpo.nn.per_sample import PerSampleGradients
 
 __all__ = [
@@ -74,11 +75,7 @@ def loss_of(module: nn.Module, method: str = "training_step") -> Callable[..., T
     def loss(params: Mapping[str, Tensor], batch: Any, *args: Any) -> Tensor:
         inside = {f"module.{name}": value for name, value in params.items()}
         found = torch.func.functional_call(step, inside, (batch, *(args or filling)))
-        value = found["loss"] if isinstance(found, Mapping) else found
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"`{method}` must return a scalar loss, got {shape}")
-        return value.reshape(())
+        return scalar_of(found["loss"] if isinstance(found, Mapping) else found, f"the loss of `{method}`")
 
     return loss
 

@@ -1,5 +1,6 @@
 """Settings of a user's optimizer as hyperparameters: how they act in a step, and on where training ends."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,33 @@ from lightning_hpo.functional.bilevel.problem import Loss, Tensors
 from lightning_hpo.functional.bilevel.sama import step_slope
 from lightning_hpo.hyper import Domain, HyperparameterSet, Interval, Positive, UnitInterval
 
-__all__ = ["TunedOptimizer"]
+__all__ = ["TunedOptimizer", "tuning_problems"]
 
+_TUNABLE = ("lr", "weight_decay", "momentum", "beta2")
 _SMALLEST_DECAY = 1e-6  # where the user has none, so that there is something to grow
 _EDGE = 1e-3  # of a momentum from 0 and from 1
+
+
+def tuning_problems(names: Sequence[str], bounds: Mapping[str, tuple[float, float]]) -> list[str]:
+    """What is wrong with settings to tune and their bounds, as far as it can be known without the optimizer.
+
+    Args:
+        names: Which settings.
+        bounds: Lowest and highest value by the name of a setting.
+
+    Returns:
+        One phrase a problem.
+
+    Example:
+        >>> tuning_problems(["lr"], {"lr": (2.0, 1.0)})
+        ["bounds must be pairs low < high, got {'lr': (2.0, 1.0)}"]
+    """
+    checks = {
+        f"tune may name {_TUNABLE}, got {tuple(names)!r}": all(name in _TUNABLE for name in names),
+        f"bounds must be pairs low < high, got {bounds!r}": all(map(_ordered, bounds.values())),
+        f"bounds may name what is tuned, {tuple(names)!r}, got {sorted(bounds)}": set(bounds) <= set(names),
+    }
+    return [problem for problem, holds in checks.items() if not holds]
 
 
 class TunedOptimizer:
@@ -241,3 +265,7 @@ def _tensors(state: Mapping[str, Any], copies: bool) -> State:
 
 def _public(name: str) -> str:
     return "lr_factor" if name == "lr" else name
+
+
+def _ordered(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and -math.inf < pair[0] < pair[1] < math.inf

@@ -27,6 +27,7 @@ L1 = (
     *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
     *("scaled_step", "batch_controller", "tuned_optimizer"),
+    *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -42,6 +43,12 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "data": (TORCH, L0),
     "held_out": (TORCH, (*L0, "distributed")),
     "module_losses": (TORCH, (*L0, "hyper", "stateless")),
+    "hypergradient_arguments": (TORCH, (*L0, "tuned_optimizer")),
+    "module_hypergradient": (
+        TORCH,
+        (*L0, "distributed", "hypergradient_arguments", "module_losses", "tuned_optimizer"),
+    ),
+    "raw_hyperparameters": (TORCH, (*L0, "distributed", "hyper", "module_losses")),
     "live_loader": (TORCH | {"lightning"}, (*L0, "data")),
     "batch_source": (TORCH | {"lightning"}, (*L0, "data", "live_loader")),
     "accumulation": (TORCH, L0),

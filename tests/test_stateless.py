@@ -121,7 +121,7 @@ def test_what_is_no_scalar_loss_is_refused(found):
         def training_step(self, batch):
             return found
 
-    with pytest.raises(TypeError, match="`training_step` must return a scalar loss, got"):
+    with pytest.raises(ValueError, match="the loss of `training_step` must be a scalar tensor, got"):
         loss_of(Wrong())({}, torch.zeros(1))
 
 

@@ -1,45 +1,33 @@
 """Hypergradients as a callback: continuous hyperparameters follow the gradient of the validation loss."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
-from lightning_hpo.functional.bilevel.estimators import ESTIMATORS, HypergradientResult, Problem
-from lightning_hpo.functional.bilevel.problem import identity
-from lightning_hpo.functional.bilevel.second_derivatives import second_derivatives_missing
+from lightning_hpo.functional.bilevel.estimators import ESTIMATORS, HypergradientResult
+from lightning_hpo.functional.bilevel.problem import UnreachedError
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.hyper import HyperparameterSet
-from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError, PureLoss, hyperparameter_sets
+from lightning_hpo.hypergradient_arguments import argument_problems, choose_estimator
+from lightning_hpo.live_loader import validation_loader
+from lightning_hpo.module_hypergradient import ModuleHypergradient, may_go_on
+from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
+from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share, step_raw
 from lightning_hpo.scaled_step import ScaledStep
 from lightning_hpo.tuned_optimizer import TunedOptimizer
 
 __all__ = ["Hypergradient"]
 
-_FOLLOWING = ("unrolled", "truncated", "forward", "es", "pes")  # estimators that take the optimizer's steps
-_ITERATIVE = ("ift_cg", "ift_normal_cg", "ift_gmres", "ift_bicgstab", "ift_neumann")
 _USELESS = 10  # hypergradients in a row that are not finite, after which training ends
-_TUNABLE = ("lr", "weight_decay", "momentum", "beta2")
-# A solve cut short goes along the large curvatures alone. Begun where the last one ended it would reach the small and
-# the negative ones, too, which are noise: the hypergradient of a network then grows without end.
-_CHEAP: dict[str, dict[str, Any]] = {
-    "ift_cg": {"maxiter": 5, "tol": 0.0, "warm_start": False},
-    "unrolled": {"steps": 1},
-}
 
 
 class Hypergradient(MethodCallback):
@@ -67,7 +55,7 @@ class Hypergradient(MethodCallback):
         estimator_args: Its settings, by name.
         every_n_steps: Optimizer steps from one update to the next.
         warmup_steps: Optimizer steps before the first update.
-        lr: Learning rate of the raw hyperparameters.
+        lr: Learning rate of the raw hyperparameters. Values move by a tenth an update with 0.1, once they are small.
         optimizer: Makes their optimizer from them; Adam with ``lr`` by default.
         max_norm: Largest norm of a hypergradient; longer ones are scaled down.
         bounds: Lowest and highest value by the name of a tuned setting.
@@ -112,7 +100,7 @@ class Hypergradient(MethodCallback):
         estimator_args: dict[str, Any] | None = None,
         every_n_steps: int = 20,
         warmup_steps: int = 0,
-        lr: float = 0.01,
+        lr: float = 0.1,
         optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         max_norm: float | None = None,
         bounds: dict[str, tuple[float, float]] | None = None,
@@ -129,7 +117,10 @@ class Hypergradient(MethodCallback):
         self.bounds, self.val_dataloader = dict(bounds or {}), val_dataloader
         self.train_loss, self.val_loss, self.product, self.sync = train_loss, val_loss, product, sync
         self._make_optimizer = optimizer
-        if problems := self._argument_problems():
+        problems = argument_problems(
+            self.tune, self.bounds, estimator, product, sync, every_n_steps, warmup_steps, lr, max_norm
+        )
+        if problems:
             raise ValueError(f"`Hypergradient`: {'; '.join(problems)}.")
         self.tuned: HyperparameterSet | None = None  # settings of the optimizer, once it is there
         self.optimizer: Optimizer | None = None
@@ -138,43 +129,13 @@ class Hypergradient(MethodCallback):
         self.carried: dict[str, Any] = {}  # what the estimator hands to its next call
         self._reset()
 
-    def _argument_problems(self) -> list[str]:
-        checks = {
-            f"tune may name {_TUNABLE}, got {self.tune!r}": all(name in _TUNABLE for name in self.tune),
-            f"estimator must be 'auto' or one of {sorted(ESTIMATORS)}, got {self.estimator!r}": self.estimator == "auto"
-            or self.estimator in ESTIMATORS,
-            f"every_n_steps must be a positive integer, got {self.every_n_steps!r}": _whole(self.every_n_steps, 1),
-            f"warmup_steps must be an integer of at least 0, got {self.warmup_steps!r}": _whole(self.warmup_steps, 0),
-            f"lr must be positive, got {self.lr!r}": self.lr > 0,
-            f"max_norm must be positive, got {self.max_norm!r}": self.max_norm is None or self.max_norm > 0,
-            f"product must be 'auto', 'exact' or 'fd', got {self.product!r}": self.product in ("auto", "exact", "fd"),
-            f"sync must be 'exact' or 'local', got {self.sync!r}": self.sync in ("exact", "local"),
-            f"bounds must be pairs low < high, got {self.bounds!r}": all(map(_ordered, self.bounds.values())),
-            f"bounds may name what is tuned, {self.tune!r}, got {sorted(self.bounds)}": set(self.bounds)
-            <= set(self.tune),
-        }
-        problems = [problem for problem, holds in checks.items() if not holds]
-        if not problems and self._follows() is False and set(self.tune) - {"weight_decay"}:
-            problems.append(
-                f"{self.estimator!r} looks at where training ends, which {sorted(set(self.tune) - {'weight_decay'})} "
-                f"do not change; use one of {_FOLLOWING}"
-            )
-        return problems
-
-    def _follows(self) -> bool:
-        """Whether the estimator takes the optimizer's steps."""
-        if self.estimator == "auto":
-            return bool(set(self.tune) - {"weight_decay"})
-        return self.estimator in _FOLLOWING
-
     def _reset(self) -> None:
         self._sets: dict[str, HyperparameterSet] = {}
-        self._losses: ModuleLosses | None = None
+        self._estimate: ModuleHypergradient | None = None
         self._settings: TunedOptimizer | None = None
         self._scaled: ScaledStep | None = None
-        self._hidden: list[nn.Parameter] = []  # raw hyperparameters that required a gradient
+        self._hidden = HiddenParameters()
         self._window: list[Any] = []  # batches of the coming optimizer step
-        self._before: dict[str, Any] = {}  # parameters, states, slopes when the step began
         self._seen = 0
 
     # What has been learned
@@ -185,11 +146,7 @@ class Hypergradient(MethodCallback):
         sets = self._all_sets()
         if self.hypers is not None and not sets:
             sets = {"": self.hypers}
-        return {
-            f"{label}.{name}" if len(sets) > 1 else name: value
-            for label, part in sets.items()
-            for name, value in part.numbers().items()
-        }
+        return numbers(sets)
 
     # Around training
 
@@ -200,11 +157,7 @@ class Hypergradient(MethodCallback):
             return
         self.refuse_sharded_strategy(trainer)
         self.require_automatic_optimization(pl_module)
-        inside = hyperparameter_sets(pl_module)
-        found = {name.rpartition(".")[2]: part for name, part in inside.items()}
-        self._sets = found if len(found) == len(inside) else inside
-        if self.hypers is not None and all(self.hypers is not part for part in inside.values()):
-            self._sets = {**self._sets, "hypers" if "hypers" not in self._sets else "given": self.hypers}
+        self._sets = named_sets(pl_module, self.hypers)
         problems = []
         if not self._sets and not self.tune:
             problems.append(
@@ -215,14 +168,7 @@ class Hypergradient(MethodCallback):
         if not scored and not is_overridden("validation_step", pl_module):
             problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
         self.raise_all(problems)
-        self._hide()
-
-    def _hide(self) -> None:
-        """DDP must not wait for gradients that training does not compute, and no optimizer must step these."""
-        for part in self._sets.values():
-            self._hidden += [raw for raw in part.parameters() if raw.requires_grad]
-        for raw in self._hidden:
-            raw.requires_grad_(False)
+        self._hidden.hide(self._sets)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,25 +182,28 @@ class Hypergradient(MethodCallback):
         sets = self._all_sets()
         for part in sets.values():
             part.to(pl_module.device)
-        self._make_own_optimizer(sets)
+        if self.optimizer is None:
+            raws = [raw for part in sets.values() for raw in part.parameters()]
+            self.optimizer = self._make_optimizer(raws) if self._make_optimizer else torch.optim.Adam(raws, lr=self.lr)
         self.restore_pending()
         if self._settings is not None:
             self._settings.refresh()
-        for part in sets.values():
-            for raw in part.parameters():
-                raw.data.copy_(distributed.broadcast(raw.data))
-        self._losses = ModuleLosses(
-            pl_module, sets, self.train_loss, self.val_loss, trainer.precision_plugin.train_step_context
+        share(sets)
+        context = trainer.precision_plugin.train_step_context
+        losses = ModuleLosses(pl_module, sets, self.train_loss, self.val_loss, context)
+        self._estimate = ModuleHypergradient(
+            losses, self._settings, self.estimator, self.estimator_args, self.tune, self.product, self.sync
         )
         self._attach_data(trainer)
-        self._seen, self._window, self._before = trainer.global_step, [], {}
+        self._seen, self._window = trainer.global_step, []
 
     def _read_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, named = trainer.optimizers[0], dict(pl_module.named_parameters())
         try:
             self._settings = TunedOptimizer(optimizer, self.tune, named, self.bounds)
         except ValueError as error:
-            if self.tune or self._follows() or self._estimator() == "sama":
+            entry = ESTIMATORS[choose_estimator(self.estimator, self.tune)]
+            if self.tune or entry.follows_steps or entry.needs_slope:
                 self.raise_all([f"{error}."])
             return  # an optimizer that nobody looks at
         if self.tune:
@@ -267,150 +216,73 @@ class Hypergradient(MethodCallback):
         own = {"optimizer": self.tuned} if self.tuned is not None else {}
         return {**self._sets, **own}
 
-    def _make_own_optimizer(self, sets: Mapping[str, HyperparameterSet]) -> None:
-        if self.optimizer is None:
-            raws = [raw for part in sets.values() for raw in part.parameters()]
-            self.optimizer = self._make_optimizer(raws) if self._make_optimizer else torch.optim.Adam(raws, lr=self.lr)
-
     def _attach_data(self, trainer: Trainer) -> None:
-        loader: Any = self._loader_of_the_fit(trainer) if self.val_dataloader is None else self.val_dataloader
-        if hasattr(loader, "__len__") and not len(loader):
-            self.raise_all(["the validation loader is empty; give one with data as `val_dataloader`."])
         try:
+            loader: Any = validation_loader(trainer) if self.val_dataloader is None else self.val_dataloader
             self.held_out.attach(loader)
         except ValueError as error:
             self.raise_all([f"{error}."])
-
-    def _loader_of_the_fit(self, trainer: Trainer) -> Any:
-        if trainer.val_dataloaders is None:  # the first validation may be epochs away
-            with suppress(MisconfigurationException):  # there is no loader at all
-                trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders: Any = trainer.val_dataloaders
-        loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-        found = loaders if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
-        if not found:
-            why = "" if trainer.limit_val_batches else " (`limit_val_batches` is 0)"
-            self.raise_all(
-                [f"there are no validation data{why}; give the fit a validation loader, or `val_dataloader`."]
-            )
-        if len(found) > 1:
-            self.raise_all([f"there are {len(found)} validation loaders; give one as `val_dataloader`."])
-        return found[0]
 
     # Every step
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps the batches of the coming optimizer step."""
-        self._window.append(batch)
+        """Keeps the batches of the coming optimizer step, if an update is due after it."""
+        if self._due(self.steps + 1):
+            self._window.append(batch)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keeps where the step begins, for estimators that repeat it."""
-        if self._losses is None or self._settings is None or not self._due(self.steps + 1):
-            return
-        params = self._losses.params
-        if self._follows():
-            copies = {name: param.detach().clone() for name, param in params.items()}
-            self._before = {"params": copies, "states": self._settings.states(copies=True)}
-        elif self._estimator() == "sama":
-            self._before = {"slope": self._settings.slopes(params)}
+        if self._estimate is not None and self._due(self.steps + 1):
+            self._estimate.before_step()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Updates the hyperparameters, if an optimizer step was taken and it is time."""
-        if trainer.global_step == self._seen:
+        if trainer.global_step == self._seen or self._estimate is None:
             return
         self._seen = trainer.global_step
         self.steps += 1
         if self._due(self.steps):
             with torch.enable_grad():
-                self._update(trainer, pl_module)
-        self._window, self._before = [], {}
+                self._update(trainer, pl_module, self._estimate)
+            self._estimate.forget_step()
+        self._window = []
 
     def _due(self, step: int) -> bool:
         return step > self.warmup_steps and step % self.every_n_steps == 0
 
-    def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _update(self, trainer: Trainer, pl_module: LightningModule, estimate: ModuleHypergradient) -> None:
         drawn = [next(self.held_out) for _ in self._window]  # as many as the step has micro-batches
-        result = self._estimate([trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn])
+        held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
+        result = self._hypergradient(estimate, held_out)
         gradients = result.gradients
-        if self.sync == "local":
-            gradients = {name: distributed.mean(gradient) for name, gradient in gradients.items()}
         norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()
         if not math.isfinite(norm):
             self._skip()
         else:
-            self.useless, self.carried = 0, result.state if _sound(result) else {}
+            self.useless, self.carried = 0, result.state if may_go_on(result) else {}
             self._step(gradients, norm)
         values = {name: _mean(value) for name, value in self.hyperparameters().items()}
         info = {"residual": result.info.residual.float()} if result.info is not None else {}
         self.log_values(pl_module, {**values, **info, "hypergradient_norm": norm})
 
-    def _estimator(self) -> str:
-        if self.estimator != "auto":
-            return self.estimator
-        return "unrolled" if self._follows() else "ift_cg"
-
-    def _estimate(self, held_out: list[Any]) -> HypergradientResult:
-        losses = self._losses
-        if losses is None:
-            raise RuntimeError("training has not started")
-        train = losses.train(self._window)
-        params: Mapping[str, Tensor] = losses.params
-        name = self._estimator()
-        settings = {**(_CHEAP.get(name, {}) if self.estimator == "auto" else {}), **self.estimator_args}
-        if self._follows() and self._settings is not None:
-            params = self._before["params"]
-            settings |= {"optimizer": self._settings.functional(), "states": self._before["states"]}
-        elif self._settings is not None:
-            train = self._settings.decayed(train)
-        if name == "sama":
-            settings["slope"] = self._before["slope"]
-        reduce = distributed.mean if self.sync == "exact" else identity
-        problem = Problem(train, losses.val(held_out), reduce)
-        accepted = inspect.signature(ESTIMATORS[name]).parameters
-        takes_product = "product" in accepted or name.startswith("ift_")
-        kind = "exact" if self.product == "auto" else self.product
-        extra = {"product": kind} if takes_product else {}
-        if takes_product and kind == "exact":
-            problem = replace(problem, train_loss=_twice_differentiable(train))
-        quiet = {"strict": None} if name in _ITERATIVE and "strict" not in settings else {}
-
-        def run(**product: str) -> HypergradientResult:
-            carried = self.carried or None
-            return ESTIMATORS[name](problem, params, losses.hparams, carried, **settings, **quiet, **product)
-
+    def _hypergradient(self, estimate: ModuleHypergradient, held_out: list[Any]) -> HypergradientResult:
         try:
-            return run(**extra)
-        except NoLossError as error:
+            return estimate.estimate(self._window, held_out, self.carried or None)
+        except (NoLossError, UnreachedError) as error:
             self.raise_all([f"{error}."])
             raise
-        except ValueError as error:
-            if "zero hypergradient" not in str(error):
-                raise
-            self.raise_all([f"{error}: the training step does not read it."])
-            raise
-        except RuntimeError as error:
-            if not (self.product == "auto" and takes_product and second_derivatives_missing(error)):
-                raise
-            self.product = "fd"
-            rank_zero_warn(
-                f"`Hypergradient` goes on with differences of gradients (`product='fd'`): {str(error).splitlines()[0]}"
-            )
-            return run(product="fd")
+        finally:
+            self.product = estimate.product  # a fallback holds for fits to come
 
     def _step(self, gradients: Mapping[str, Tensor], norm: float) -> None:
-        losses, optimizer = self._losses, self.optimizer
-        if losses is None or optimizer is None:
+        if self._estimate is None or self.optimizer is None:
             raise RuntimeError("training has not started")
-        shrink = min(1.0, self.max_norm / norm) if self.max_norm is not None and norm > 0 else 1.0
-        for name, raw in losses.hparams.items():
-            raw.grad = gradients[name].to(raw.dtype) * shrink
-        optimizer.step()
-        optimizer.zero_grad()
+        step_raw(self.optimizer, self._estimate.losses.hparams, gradients, norm, self.max_norm)
         if self._settings is not None:
             self._settings.refresh()
 
@@ -446,35 +318,11 @@ class Hypergradient(MethodCallback):
     def _release(self) -> None:
         if self._scaled is not None:
             self._scaled.remove()
-        for raw in self._hidden:
-            raw.requires_grad_(True)
+        self._hidden.show()
         self.held_out.detach()
-        self._losses = self._settings = self._scaled = None
-        self._hidden, self._window, self._before = [], [], {}
-
-
-def _twice_differentiable(loss: PureLoss) -> PureLoss:
-    """Attention in the form that has a second derivative."""
-
-    def explicit(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return loss(params, hparams)
-
-    return explicit
-
-
-def _sound(result: HypergradientResult) -> bool:
-    """Whether the next solve may begin where this one ended: one that went astray would go on doing so."""
-    return result.info is None or bool(result.info.converged & ~result.info.negative_curvature)
-
-
-def _ordered(pair: Any) -> bool:
-    return isinstance(pair, (list, tuple)) and len(pair) == 2 and -math.inf < pair[0] < pair[1] < math.inf
+        self._estimate = self._settings = self._scaled = None
+        self._window = []
 
 
 def _mean(value: float | list[float]) -> float:
     return value if isinstance(value, float) else sum(value) / len(value)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -212,6 +212,28 @@ def test_training_itself_is_left_alone():
     assert states[0]["norm.num_batches_tracked"] == states[1]["norm.num_batches_tracked"] == 8
 
 
+def test_batches_are_kept_only_for_a_step_that_an_update_follows():
+    """With accumulation: both micro-batches of every third step, and none of another."""
+    kept = []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            kept.append(len(callback._window))
+
+    callback = Hypergradient(tune=("weight_decay",), every_n_steps=3)
+    trainer = tiny_trainer(callback, Watch(), max_steps=6, accumulate_grad_batches=2)
+    trainer.fit(Plain(OPTIMIZERS["SGD"]), DataLoader(TRAIN, batch_size=5), DataLoader(VAL, batch_size=40))
+    assert kept == [0, 0, 2, 0, 0, 2]
+    assert callback._window == []
+
+
+def test_the_default_step_size_leaves_a_start_that_is_far_too_small():
+    """From 1e-6 in 90 updates, though a value moves by a factor in each."""
+    callback = Hypergradient(tune=("weight_decay",), every_n_steps=5)
+    fit(Plain(lambda parameters: torch.optim.SGD(parameters, lr=0.1)), callback, steps=450, train=regression(8, 0, 2.0))
+    assert callback.hyperparameters()["weight_decay"] > 1e-3
+
+
 def test_hyperparameters_may_be_among_the_parameters_that_the_optimizer_gets():
     module = Ridge()
     fit(module, steps=5)

@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import Hypergradient, HyperparameterSet, Positive
+from lightning_hpo.hypergradient_arguments import choose_estimator
 from lightning_hpo.testing import TinyImages, tiny_trainer
 from lightning_hpo.testing.run import fit_two_ranks
 
@@ -86,7 +87,7 @@ def test_all_wrong_values_at_once():
 def test_what_does_not_change_where_training_ends_needs_an_estimator_that_follows_it(estimator, name):
     with pytest.raises(ValueError, match=rf"'{estimator}' looks at where training ends, which \['{name}'\] do not"):
         Hypergradient(tune=("weight_decay", name), estimator=estimator)
-    assert Hypergradient(tune=("weight_decay", name))._estimator() == "unrolled"
+    assert choose_estimator("auto", ("weight_decay", name)) == "unrolled"
 
 
 @pytest.mark.parametrize(("value", "words"), [(-0.1, "above 0, got -0.1"), (float("inf"), "finite")])
@@ -168,6 +169,16 @@ def test_several_validation_loaders(val):
 def test_an_empty_validation_loader(empty):
     with pytest.raises(MisconfigurationException, match="the validation loader is empty"):
         fit(Hypergradient(**DECAY, val_dataloader=empty))
+
+
+def test_validation_data_may_be_a_stream():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data().dataset)
+
+    callback = Hypergradient(**DECAY, val_dataloader=DataLoader(Stream(), batch_size=4))
+    fit(callback)
+    assert callback.held_out.position == 3
 
 
 def test_a_validation_loader_that_can_be_read_only_once():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_hpo.functional.bilevel.linear_system import SolveInfo
 from lightning_hpo.functional.bilevel.trees import TreeLayout
+from lightning_hpo.functional.losses import scalar_of
 
 __all__ = [
     "HypergradientResult",
@@ -18,6 +19,7 @@ __all__ = [
     "Problem",
     "Residual",
     "Tensors",
+    "UnreachedError",
     "hypergradient",
     "identity",
     "require_reached",
@@ -247,6 +249,10 @@ def hypergradient(
     return HypergradientResult(layout.unravel(reached[: layout.size]), info, state or {})
 
 
+class UnreachedError(ValueError):
+    """Neither loss depends on a hyperparameter, so that its hypergradient is zero for no reason."""
+
+
 def require_reached(missing: list[str]) -> None:
     """Refuses hyperparameters that neither loss depends on.
 
@@ -254,10 +260,12 @@ def require_reached(missing: list[str]) -> None:
         missing: Their names.
 
     Raises:
-        ValueError: If there is one.
+        UnreachedError: If there is one.
     """
     if missing:
-        raise ValueError("; ".join(f"zero hypergradient: '{name}' is not reached by either loss" for name in missing))
+        raise UnreachedError(
+            "; ".join(f"zero hypergradient: '{name}' is not reached by either loss" for name in missing)
+        )
 
 
 def scalar(value: Tensor, name: str) -> Tensor:
@@ -273,12 +281,10 @@ def scalar(value: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: If it is no scalar tensor, or has no graph.
     """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name} must return a scalar tensor, got {shape}")
+    value = scalar_of(value, name)
     if not value.requires_grad:
         raise ValueError(f"{name} depends on neither params nor hparams: is it computed from the dicts it is given?")
-    return value.reshape(())
+    return value
 
 
 def wide_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -188,12 +188,12 @@ def test_losses_must_be_scalars_with_a_graph(name: str, network: Any) -> None:
     inputs: Any = network.params, network.hparams
     good = network.problem.train_loss
     many: Any = lambda w, h: w["first"]  # noqa: E731
-    with pytest.raises(ValueError, match=r"train_loss must return a scalar tensor, got \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"train_loss must be a scalar tensor, got \(3, 4\)"):
         ESTIMATORS[name](Problem(many, good), *inputs, **settings)
     with pytest.raises(ValueError, match=r"train_loss depends on neither params nor hparams"):
         ESTIMATORS[name](Problem(lambda w, h: torch.ones(()), good), *inputs, **settings)
     if name != "es":
-        with pytest.raises(ValueError, match="val_loss must return a scalar tensor, got float"):
+        with pytest.raises(ValueError, match="val_loss must be a scalar tensor, got float"):
             ESTIMATORS[name](Problem(good, lambda w, h: 1.0), *inputs, **settings)  # type: ignore[arg-type, return-value]
 
 
