@@ -22,7 +22,7 @@ DECAY: dict[str, Any] = {"tune": ("weight_decay",)}
 METHODS: dict[str, dict[str, Any]] = {
     "default settings": DECAY,
     "default, every_n_steps=5": {**DECAY, "every_n_steps": 5},
-    "ift_cg(2)": {**DECAY, "estimator": "ift_cg", "estimator_args": {"maxiter": 2, "tol": 0.0, "warm_start": False}},
+    "ift_cg(5)": {**DECAY, "estimator_args": {"maxiter": 5}},
     "unrolled(1)": {**DECAY, "estimator": "unrolled", "estimator_args": {"steps": 1}},
     "t1t2": {**DECAY, "estimator": "t1t2"},
     "darts_fd": {**DECAY, "estimator": "darts_fd"},

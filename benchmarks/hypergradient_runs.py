@@ -1,7 +1,7 @@
 """Whole training runs with `Hypergradient` on scikit-learn's digits: decay for each layer, and weights of examples."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,17 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import BilevelMixin, Hypergradient, HyperparameterSet, UnitInterval
 
-__all__ = ["cleaning", "decay", "decay_means"]
+__all__ = ["cleaning", "decay_run", "fit"]
 
-LOW = 1e-6  # where a decay begins
-DECAYS: dict[str, dict[str, Any]] = {
-    "ift_neumann(10)": {"estimator": "ift_neumann", "estimator_args": {"steps": 10, "alpha": 0.1}},
-    "auto: ift_cg(5)": {},
-    "ift_cg(10)": {"estimator_args": {"maxiter": 10}, "every_n_steps": 10, "warmup_steps": 0},
-    "darts_fd": {"estimator": "darts_fd"},
-    "unrolled(1)": {"estimator": "unrolled", "estimator_args": {"steps": 1}},
-}
-DEFAULT = "default settings"
 WEIGHTS: dict[str, dict[str, Any]] = {
     "auto: ift_cg(5)": {"every_n_steps": 5},
     "darts_fd": {"estimator": "darts_fd", "every_n_steps": 2},
@@ -86,25 +77,10 @@ class Layers(LightningModule):
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
-def decay(seeds: int, steps: int, learned: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """300 training images, whole batches: no decay, a grid of one shared decay, and decays that are learned.
-
-    With ``learned`` only those that are named.
-    """
-    often = {"tune": ("weight_decay",), "every_n_steps": 5, "warmup_steps": steps // 15, "lr": 0.1}
-    for seed in range(seeds):
-        if learned is None:
-            yield _decay_run("none", 0.0, seed, steps)
-            for power in torch.linspace(-6, -1, 11).tolist():
-                yield _decay_run(f"shared, 1e{power:g}", 10**power, seed, steps)
-        for name in learned or [*DECAYS, DEFAULT]:
-            arguments = {"tune": ("weight_decay",)} if name == DEFAULT else {**often, **DECAYS[name]}
-            yield _decay_run(name, LOW, seed, steps, Hypergradient(**arguments))
-
-
-def _decay_run(
+def decay_run(
     method: str, first: float, seed: int, steps: int, callback: Hypergradient | None = None
 ) -> dict[str, Any]:
+    """300 training images, whole batches, from one decay for all layers: what comes of it."""
     images, labels = digits(seed)
     train = DataLoader(TensorDataset(images[:300], labels[:300]), batch_size=300)
     val = DataLoader(TensorDataset(images[300:800], labels[300:800]), batch_size=500)
@@ -114,34 +90,14 @@ def _decay_run(
     loss, _ = score(module.network, images[300:800], labels[300:800])
     right = score(module.network, images[800:], labels[800:])[1]
     learned: Any = [first] if callback is None else callback.hyperparameters()["weight_decay"]
-    row = {"method": method, "seed": seed, "val_loss": round(loss, 4), "test_accuracy": round(100 * right, 2)}
-    return row | {"cpu_s": round(spent, 2), "decay": " ".join(f"{value:.1e}" for value in learned)}
-
-
-def decay_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds; time in units of a plain run's, the best of the grid being chosen with each seed."""
-    seeds = sorted({row["seed"] for row in rows})
-    grids = {seed: [r for r in rows if r["seed"] == seed and r["method"].startswith("shared")] for seed in seeds}
-    plain = {
-        seed: sum(r["cpu_s"] for r in rows if r["seed"] == seed and r["method"].startswith(("shared", "none")))
-        / (1 + len(grids[seed]))
-        for seed in seeds
+    row = {
+        "steps": steps,
+        "method": method,
+        "seed": seed,
+        "val_loss": round(loss, 4),
+        "test_accuracy": round(100 * right, 2),
     }
-    best = [min(grids[seed], key=lambda r: r["val_loss"]) | {"method": "best of the grid"} for seed in seeds]
-    for row in best:
-        row["cpu_s"] = sum(r["cpu_s"] for r in grids[row["seed"]])
-    table = []
-    for method in ["none", "best of the grid", *DECAYS, DEFAULT]:
-        same = [row for row in [*rows, *best] if row["method"] == method]
-        mean = {key: round(sum(r[key] for r in same) / len(same), 4) for key in ("val_loss", "test_accuracy")}
-        runs = sum(row["cpu_s"] / plain[row["seed"]] for row in same) / len(same)
-        won = None
-        if method in (*DECAYS, DEFAULT):
-            won = sum(r["val_loss"] <= b["val_loss"] for r in same for b in best if b["seed"] == r["seed"])
-        row = {"method": method} | mean | {"plain_runs": round(runs, 2)}
-        table.append(row | {"seeds_at_or_below_the_grid": None if won is None else f"{won} of {len(seeds)}"})
-        table[-1]["decay"] = same[0]["decay"]
-    return table
+    return row | {"cpu_s": round(spent, 2), "decay": " ".join(f"{value:.1e}" for value in learned)}
 
 
 class Weighted(BilevelMixin, LightningModule):

@@ -1,29 +1,26 @@
-"""What hypergradients are worth: known figures, weight decay for each layer, corrupted labels, and their own cost.
+"""What hypergradients are worth: known figures, corrupted labels, and what one of them costs.
 
 1. Three problems with known figures, through the functional engine alone: digits distilled to ten images, a penalty for
    each feature of breast_cancer, the lasso on diabetes. The splits are those of numpy's and scikit-learn's seed 0, the
    first images normal numbers of seed 0 over 64; a figure agrees within 0.01 (accuracy) or 5 % (all others).
-2. Weight decay of a network of three layers on 300 digits, one value a layer, learned from 1e-6 in one run; against a
-   grid of 11 shared values. Time is CPU time, in units of a run without tuning.
-3. 1000 digits, 40 % with a wrong label, a weight for each example: the area under the ROC curve at finding the wrong
+2. 1000 digits, 40 % with a wrong label, a weight for each example: the area under the ROC curve at finding the wrong
    ones, and the test accuracy against training on all, and on the clean ones alone.
-4. One hypergradient with each estimator: its time and memory in units of one forward and backward pass (a network of
+3. One hypergradient with each estimator: its time and memory in units of one forward and backward pass (a network of
    300,000 parameters), and its cosine to an exact one (a network of 1,210): to a dense solve at the minimum (`late`)
    and after 50 steps (`early`), where the Hessian is indefinite, and there also to the derivative through the next 1000
    steps (`ahead`), which is what one would like to follow.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from batch_runs import be_quiet
-from common import RESULTS, conclude, parse, show, write
+from common import conclude, parse, show, write
 from hypergradient_bias import estimators
 from hypergradient_figures import figures
-from hypergradient_plots import draw_bias, draw_decay
-from hypergradient_runs import cleaning, decay, decay_means
+from hypergradient_plots import draw_bias
+from hypergradient_runs import cleaning
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 
@@ -46,33 +43,17 @@ def cleaning_means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     seeds = ("--seeds", {"type": int, "default": 3, "help": "of the training runs; 3 by default"})
     assets = ("--assets", {"type": Path, "help": "folder of the pictures; docs/assets by default, none with --quick"})
-    redo = ("--redo", {"help": "learned decays, by name and with commas between; all else stays as the file has it"})
-    chosen = parse(__doc__, arguments, seeds, assets, redo)
+    chosen = parse(__doc__, arguments, seeds, assets)
     be_quiet()
     seeds_run = 1 if chosen.quick else chosen.seeds
-    steps = 20 if chosen.quick else 3000
-    facts: dict[str, Any] = {}
-    if chosen.redo:
-        names = chosen.redo.split(",")
-        facts = json.loads((chosen.out or RESULTS / "hypergradient_tasks.json").read_text(encoding="utf-8"))
-        kept = [row for row in facts.pop("decay_runs") if row["method"] not in names]
-        tuned, rows = [*kept, *decay(seeds_run, steps, names)], facts.pop("rows")
-        facts |= {"decay": decay_means(tuned), "decay_runs": tuned, "redone": chosen.redo}
-        chosen.redo = None
-        facts = {key: value for key, value in facts.items() if key not in ("command", "machine")}
-    else:
-        facts = {"estimators": estimators(chosen.quick), "figures": figures(chosen.quick)}
-        tuned, rows = list(decay(seeds_run, steps)), facts["figures"]
-        facts |= {"decay": decay_means(tuned), "decay_runs": tuned}
-        write(__file__, chosen, rows, **facts)  # the rest takes a while
-        cleaned = list(cleaning(seeds_run, 20 if chosen.quick else 1000))
-        facts |= {"cleaning": cleaning_means(cleaned), "cleaning_runs": cleaned}
+    facts: dict[str, Any] = {"estimators": estimators(chosen.quick), "figures": figures(chosen.quick)}
+    rows = facts["figures"]
+    write(__file__, chosen, rows, **facts)  # the rest takes a while
+    cleaned = list(cleaning(seeds_run, 20 if chosen.quick else 1000))
+    facts |= {"cleaning": cleaning_means(cleaned), "cleaning_runs": cleaned}
     if folder := chosen.assets or (None if chosen.quick else ASSETS):
         draw_bias(folder / "implicit_differentiation_bias.png", facts["estimators"])
-        draw_decay(folder / "implicit_differentiation_decay.png", tuned)
     show("Known figures", rows, {"problem": "", "figure": "", "expected": ".4f", "found": ".4f", "agrees": ""})
-    columns = {"method": "", "val_loss": ".4f", "test_accuracy": ".2f", "plain_runs": ".2f"}
-    show("Decay for each layer", facts["decay"], columns | {"seeds_at_or_below_the_grid": "", "decay": ""})
     columns = {"network": "", "method": "", "auc": ".3f", "lowest_auc": ".3f", "test_accuracy": ".2f", "cpu_s": ".1f"}
     show("Corrupted labels", facts["cleaning"], columns)
     columns = {

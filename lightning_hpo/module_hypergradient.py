@@ -18,6 +18,10 @@ from lightning_hpo.tuned_optimizer import TunedOptimizer
 
 __all__ = ["ModuleHypergradient", "may_go_on"]
 
+# Steps of a solve for weight decay and nothing else: it acts on every weight alike, so more of them change little
+# (benchmarks/layer_decay.py), and with one an update every 20 steps costs a quarter of a run at most.
+_FOR_DECAY_ALONE = 1
+
 
 class ModuleHypergradient:
     """Estimates the hypergradient at a module's present weights, on batches that it is given.
@@ -66,7 +70,10 @@ class ModuleHypergradient:
     ) -> None:
         self.losses, self.optimizer, self.product, self.sync = losses, optimizer, product, sync
         self.entry: Estimator = ESTIMATORS[choose_estimator(estimator, tune)]
-        self.settings: dict[str, Any] = {**(self.entry.cheap if estimator == "auto" else {}), **(estimator_args or {})}
+        self.settings: dict[str, Any] = dict(self.entry.cheap) if estimator == "auto" else {}
+        if "maxiter" in self.settings and len(tune) == len(losses.hparams):
+            self.settings["maxiter"] = _FOR_DECAY_ALONE
+        self.settings |= estimator_args or {}
         self._before: dict[str, Any] = {}  # parameters and states, or slopes, when the step began
 
     def before_step(self) -> None:

@@ -93,3 +93,13 @@ def test_sets_have_short_names_unless_two_end_alike():
     assert not one[0].hypers.raw["decay"].requires_grad
     hidden.show()
     assert one[0].hypers.raw["decay"].requires_grad
+
+
+def test_decay_alone_is_worth_one_step_of_a_solve_and_hyperparameters_of_the_loss_five():
+    module, optimizer, tuned, losses = trained()
+    decay = ["weight_decay"]
+    assert ModuleHypergradient(losses, tuned, tune=decay).settings["maxiter"] == 1
+    assert ModuleHypergradient(losses, tuned, "auto", {"maxiter": 3}, tune=decay).settings["maxiter"] == 3
+    both = ModuleLosses(module, {"optimizer": tuned.hypers, "loss": HyperparameterSet(penalty=Positive(0.1))})
+    assert ModuleHypergradient(both, tuned, tune=decay).settings["maxiter"] == 5
+    assert "maxiter" not in ModuleHypergradient(losses, tuned, "ift_cg", tune=decay).settings

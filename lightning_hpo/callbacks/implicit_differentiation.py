@@ -50,8 +50,8 @@ class Hypergradient(MethodCallback):
         hypers: Hyperparameters that the loss reads, where they are no attribute of the module.
         estimator: How the hypergradient is estimated; a name in
             :data:`~lightning_hpo.functional.bilevel.estimators.ESTIMATORS`. ``"auto"`` looks one step ahead
-            (``"unrolled"``) where learning rate or momentum is tuned, and takes five conjugate gradient steps
-            (``"ift_cg"``) otherwise.
+            (``"unrolled"``) where learning rate or momentum is tuned; otherwise it takes conjugate gradient steps
+            (``"ift_cg"``), five, and a single one where weight decay is all that is tuned.
         estimator_args: Its settings, by name.
         every_n_steps: Optimizer steps from one update to the next.
         warmup_steps: Optimizer steps before the first update.
