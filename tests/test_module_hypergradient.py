@@ -96,7 +96,7 @@ def test_sets_have_short_names_unless_two_end_alike():
 
 
 def test_decay_alone_is_worth_one_step_of_a_solve_and_hyperparameters_of_the_loss_five():
-    module, optimizer, tuned, losses = trained()
+    module, _, tuned, losses = trained()
     decay = ["weight_decay"]
     assert ModuleHypergradient(losses, tuned, tune=decay).settings["maxiter"] == 1
     assert ModuleHypergradient(losses, tuned, "auto", {"maxiter": 3}, tune=decay).settings["maxiter"] == 3
