@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.stateless import Recorder, call_step, muted
 
-__all__ = ["ModuleLosses", "NoLossError", "hyperparameter_sets"]
+__all__ = ["ModuleLoss", "ModuleLosses", "NoLossError", "hyperparameter_sets", "twice_differentiable"]
 
 _LOGGED = ("val_loss", "val/loss", "valid_loss", "validation_loss")
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -56,6 +57,7 @@ class ModuleLosses:
         train_loss: A function ``(module, batch)``.
         val_loss: A function ``(module, batch)``, or the name under which ``validation_step`` logs the loss.
         context: Entered around every call, for autocast.
+        outer: Names of parameters of the module that count as hyperparameters.
 
     Attributes:
         params: Trainable parameters of the module by name, without hyperparameters.
@@ -85,6 +87,7 @@ class ModuleLosses:
         train_loss: ModuleLoss | None = None,
         val_loss: ModuleLoss | str | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        outer: Sequence[str] = (),
     ) -> None:
         self.module, self.context = module, context
         self._train_loss = train_loss or _method(module, "inner_loss") or _step(module, "training_step")
@@ -108,10 +111,13 @@ class ModuleLosses:
             for name, raw in part.raw.items():
                 own = f"{label}.{name}" if len(sets) > 1 and label else name
                 self.hparams[own], self._full[own] = raw, f"{home}.raw.{name}"
+        named = dict(module.named_parameters())
+        for name in outer:
+            self.hparams[name], self._full[name] = named[name], f"module.{name}"
         taken = set(self._full.values())
         self.params = {
             name: parameter
-            for name, parameter in module.named_parameters()
+            for name, parameter in named.items()
             if parameter.requires_grad and f"module.{name}" not in taken
         }
 
@@ -181,6 +187,29 @@ class ModuleLosses:
         finally:
             self._container.module = nn.Module()  # the module is not ours to keep
         return (found.get("loss") if isinstance(found, Mapping) else found), recorder.logged
+
+
+def twice_differentiable(loss: PureLoss, recurrent: bool = False) -> PureLoss:
+    """A loss with attention, and on request recurrent layers, in a form that has a second derivative.
+
+    Args:
+        loss: A loss.
+        recurrent: Whether cuDNN stays out of it, as recurrent layers need.
+
+    Returns:
+        The same loss.
+
+    Example:
+        >>> twice_differentiable(lambda params, hparams: params["w"])({"w": torch.ones(1)}, {})
+        tensor([1.])
+    """
+
+    def explicit(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
+        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), cudnn:
+            return loss(params, hparams)
+
+    return explicit
 
 
 @contextmanager

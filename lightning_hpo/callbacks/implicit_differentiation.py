@@ -3,17 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -24,9 +21,16 @@ from lightning_hpo.functional.bilevel.problem import identity
 from lightning_hpo.functional.bilevel.second_derivatives import second_derivatives_missing
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.hyper import HyperparameterSet
-from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError, PureLoss, hyperparameter_sets
+from lightning_hpo.module_losses import (
+    ModuleLoss,
+    ModuleLosses,
+    NoLossError,
+    hyperparameter_sets,
+    twice_differentiable,
+)
 from lightning_hpo.scaled_step import ScaledStep
 from lightning_hpo.tuned_optimizer import TunedOptimizer
+from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["Hypergradient"]
 
@@ -273,29 +277,14 @@ class Hypergradient(MethodCallback):
             self.optimizer = self._make_optimizer(raws) if self._make_optimizer else torch.optim.Adam(raws, lr=self.lr)
 
     def _attach_data(self, trainer: Trainer) -> None:
-        loader: Any = self._loader_of_the_fit(trainer) if self.val_dataloader is None else self.val_dataloader
-        if hasattr(loader, "__len__") and not len(loader):
-            self.raise_all(["the validation loader is empty; give one with data as `val_dataloader`."])
+        loader: Any = self.val_dataloader
         try:
+            loader = validation_loader(trainer) if loader is None else loader
+            if hasattr(loader, "__len__") and not len(loader):
+                raise ValueError("the validation loader is empty; give one with data as `val_dataloader`.")
             self.held_out.attach(loader)
         except ValueError as error:
-            self.raise_all([f"{error}."])
-
-    def _loader_of_the_fit(self, trainer: Trainer) -> Any:
-        if trainer.val_dataloaders is None:  # the first validation may be epochs away
-            with suppress(MisconfigurationException):  # there is no loader at all
-                trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders: Any = trainer.val_dataloaders
-        loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-        found = loaders if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
-        if not found:
-            why = "" if trainer.limit_val_batches else " (`limit_val_batches` is 0)"
-            self.raise_all(
-                [f"there are no validation data{why}; give the fit a validation loader, or `val_dataloader`."]
-            )
-        if len(found) > 1:
-            self.raise_all([f"there are {len(found)} validation loaders; give one as `val_dataloader`."])
-        return found[0]
+            self.raise_all([f"{str(error).rstrip('.')}."])
 
     # Every step
 
@@ -376,7 +365,7 @@ class Hypergradient(MethodCallback):
         kind = "exact" if self.product == "auto" else self.product
         extra = {"product": kind} if takes_product else {}
         if takes_product and kind == "exact":
-            problem = replace(problem, train_loss=_twice_differentiable(train))
+            problem = replace(problem, train_loss=twice_differentiable(train))
         quiet = {"strict": None} if name in _ITERATIVE and "strict" not in settings else {}
 
         def run(**product: str) -> HypergradientResult:
@@ -451,16 +440,6 @@ class Hypergradient(MethodCallback):
         self.held_out.detach()
         self._losses = self._settings = self._scaled = None
         self._hidden, self._window, self._before = [], [], {}
-
-
-def _twice_differentiable(loss: PureLoss) -> PureLoss:
-    """Attention in the form that has a second derivative."""
-
-    def explicit(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return loss(params, hparams)
-
-    return explicit
 
 
 def _sound(result: HypergradientResult) -> bool:

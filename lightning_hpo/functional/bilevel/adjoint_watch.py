@@ -67,6 +67,10 @@ class Watch(NamedTuple):
             mark, high = high, 0.0
         return Watch(self.steps + 1, 0, mark, high), True, grown
 
+    def plain(self) -> tuple[int, int, float, float]:
+        """The same as an ordinary tuple, for checkpoints; ``Watch(*plain)`` is the way back."""
+        return (self.steps, self.useless, self.mark, self.high)
+
     def words(self, z_lr: float, curvature: float) -> str:
         """A warning that z has grown.
 

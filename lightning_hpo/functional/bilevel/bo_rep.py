@@ -48,8 +48,8 @@ class SingleLoopInfo(NamedTuple):
     Attributes:
         gradient_norm: Length of the hypergradient.
         z_norm: Length of the new :math:`z`.
-        residual: :math:`\|\nabla^2_{yy} G z - \nabla_y F\| / \|\nabla_y F\|` at the :math:`z` that was used; NaN where
-            the outer gradient is 0.
+        residual: :math:`\|\nabla^2_{yy} G z - \nabla_y F\| / \|\nabla_y F\|` at the :math:`z` that was used; the
+            numerator alone where the outer gradient is 0.
         inner_steps: Inner steps that were taken.
         skipped: Whether something was not finite, so that x, z and m stayed.
     """
@@ -245,10 +245,8 @@ class SingleLoopBilevel:
         if usable:
             z, m = found.z, {name: self._averaged(old, found.gradients[name]) for name, old in m.items()}
             outer = self._moved(outer, m, self.lr if lr is None else lr)
-        info = SingleLoopInfo(gradient_norm, z_norm, residual / slope if slope else float("nan"), taken, not usable)
-        return SingleLoopState(
-            inner, outer, z, m, state.step + 1, (watch.steps, watch.useless, watch.mark, watch.high)
-        ), info
+        info = SingleLoopInfo(gradient_norm, z_norm, residual / (slope or 1.0), taken, not usable)
+        return SingleLoopState(inner, outer, z, m, state.step + 1, watch.plain()), info
 
     def _averaged(self, m: Tensor, gradient: Tensor) -> Tensor:
         return self.momentum * m + (1 - self.momentum) * gradient.to(m.dtype)
