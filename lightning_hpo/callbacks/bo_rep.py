@@ -170,6 +170,15 @@ class SingleLoopHypergradient(MethodCallback):
         self.raise_all(problems)
         self._recurrent = any(isinstance(part, nn.RNNBase) for part in pl_module.modules())
         self._outer.hide()
+        self._forget_others(self._outer)
+
+    def _forget_others(self, outer: OuterParameters) -> None:
+        """Another module begins from the beginning; here, because a checkpoint is read after `setup`."""
+        if self.optimizer is not None:
+            known = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+            if known != [id(p) for group in outer.groups() for p in group]:
+                self.optimizer = self.scheduler = None
+                self.z, self.watch, self.steps = {}, Watch().plain(), 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,7 +192,10 @@ class SingleLoopHypergradient(MethodCallback):
             self.raise_all(["no optimizer steps an inner parameter; return one from `configure_optimizers`."])
         for part in outer.sets.values():
             part.to(pl_module.device)
-        self._make_optimizer(groups)
+        if self.optimizer is None:
+            parts = [{"params": group} for group in groups]
+            self.optimizer = NormalizedMomentum(parts, self.lr, self.momentum, self.normalize, self.min_norm)
+            self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
         self.restore_pending()
         for group in groups:
             for parameter in group:
@@ -193,18 +205,6 @@ class SingleLoopHypergradient(MethodCallback):
         self.z = {name: value.to(pl_module.device) for name, value in self.z.items()}
         self._attach_data(trainer)
         self._losses, self._seen, self._window = losses, trainer.global_step, []
-
-    def _make_optimizer(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-        """Anew for another module, which begins from the beginning."""
-        if self.optimizer is not None:
-            known = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
-            if known == [id(p) for group in groups for p in group]:
-                return
-            self.z, self.watch, self.steps = {}, Watch().plain(), 0
-        self.optimizer = NormalizedMomentum(
-            [{"params": list(group)} for group in groups], self.lr, self.momentum, self.normalize, self.min_norm
-        )
-        self.scheduler = self._make_scheduler(self.optimizer) if self._make_scheduler else None
 
     def _attach_data(self, trainer: Trainer) -> None:
         loader: Any = self.val_dataloader

@@ -287,6 +287,28 @@ def test_another_module_begins_from_the_beginning():
         torch.testing.assert_close(modules[1].state_dict()[name], value)
 
 
+def test_a_used_callback_resumes_another_module_from_a_checkpoint(tmp_path):
+    """What the checkpoint says holds, not what the callback did before."""
+    path, loaders = tmp_path / "at_nine.ckpt", (DataLoader(TRAIN, batch_size=20), DataLoader(VAL, batch_size=40))
+    used = SingleLoopHypergradient(**ARGS)
+    first = tiny_trainer(used, max_steps=9)
+    first.fit(fresh(), *loaders)
+    first.save_checkpoint(path)
+    states = []
+    for callback in (SingleLoopHypergradient(**ARGS), used):
+        module = fresh()
+        tiny_trainer(callback, max_steps=14).fit(module, *loaders, ckpt_path=path)
+        states.append({**module.state_dict(), **{f"z of {name}": value for name, value in callback.z.items()}})
+        assert callback.steps == 14
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+def fresh():
+    module = Representation()
+    module.configure_callbacks = list
+    return module
+
+
 def test_a_set_that_is_no_part_of_the_module_is_saved():
     weights = HyperparameterSet(penalty=Positive(1.0)).double()
 
