@@ -225,6 +225,17 @@ def test_recurrent_and_attentive_encoders_learn(kind, product):
     assert callback.watch[0] == 30
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+def test_cudnn_and_fused_attention_stay_out_of_outer_steps(kind):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    module = Sequences(kind, single_loop_args={"refine_steps": 0, "lr": 0.2, "z_lr": 0.1, "product": "exact"})
+    tiny_trainer(max_steps=4, accelerator="gpu").fit(module, TinyImages(16))
+    assert torch.backends.cudnn.enabled
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
 def test_what_cannot_be_differentiated_twice_falls_back():
     class Once(torch.autograd.Function):
         @staticmethod
