@@ -62,6 +62,8 @@ class ModuleLosses:
     Attributes:
         params: Trainable parameters of the module by name, without hyperparameters.
         hparams: Raw hyperparameters by name; those of several sets carry the name of theirs.
+        recurrent: Whether the module has recurrent layers. cuDNN stays out of the validation loss then, because its
+            recurrent layers have no gradient in eval mode.
 
     Raises:
         ValueError: If there is nothing to compute a loss with.
@@ -90,6 +92,7 @@ class ModuleLosses:
         outer: Sequence[str] = (),
     ) -> None:
         self.module, self.context = module, context
+        self.recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
         self._train_loss = train_loss or _method(module, "inner_loss") or _step(module, "training_step")
         self._val_name = val_loss if isinstance(val_loss, str) else None
         self._val_loss = None if isinstance(val_loss, str) else val_loss
@@ -149,7 +152,8 @@ class ModuleLosses:
         """
 
         def loss(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
-            with torch.random.fork_rng(devices=_devices(params)), self.context(), evaluated(self.module):
+            here = torch.random.fork_rng(devices=_devices(params))
+            with here, self.context(), evaluated(self.module), _without_cudnn(self.recurrent):
                 values = [self._score(params, hparams, batch) for batch in batches]
                 return torch.stack([_scalar(value, "validation loss") for value in values]).mean()
 
@@ -205,8 +209,7 @@ def twice_differentiable(loss: PureLoss, recurrent: bool = False) -> PureLoss:
     """
 
     def explicit(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
-        cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-        with sdpa_kernel(SDPBackend.MATH), cudnn:
+        with sdpa_kernel(SDPBackend.MATH), _without_cudnn(recurrent):
             return loss(params, hparams)
 
     return explicit
@@ -234,6 +237,10 @@ def evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _without_cudnn(wanted: bool) -> AbstractContextManager[Any]:
+    return torch.backends.cudnn.flags(enabled=False) if wanted else nullcontext()
 
 
 class _Container(nn.Module):

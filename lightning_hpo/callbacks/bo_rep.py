@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -142,7 +141,7 @@ class SingleLoopHypergradient(MethodCallback):
         self._outer: OuterParameters | None = None
         self._losses: ModuleLosses | None = None
         self._window: list[Any] = []  # batches of the coming optimizer step
-        self._recurrent, self._seen = False, 0
+        self._seen = 0
 
     # What has been learned
 
@@ -168,7 +167,6 @@ class SingleLoopHypergradient(MethodCallback):
         if not scored and not is_overridden("validation_step", pl_module):
             problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
         self.raise_all(problems)
-        self._recurrent = any(isinstance(part, nn.RNNBase) for part in pl_module.modules())
         self._outer.hide()
         self._forget_others(self._outer)
 
@@ -274,7 +272,7 @@ class SingleLoopHypergradient(MethodCallback):
     def _problem(self, losses: ModuleLosses, held_out: Sequence[Any]) -> Problem:
         train = losses.train(self._window)
         if self.product != "fd":
-            train = twice_differentiable(train, self._recurrent)
+            train = twice_differentiable(train, losses.recurrent)
         return Problem(train, losses.val(held_out), distributed.mean)
 
     def _estimate(self, losses: ModuleLosses, held_out: Sequence[Any]) -> OuterGradient:

@@ -365,7 +365,7 @@ class Hypergradient(MethodCallback):
         kind = "exact" if self.product == "auto" else self.product
         extra = {"product": kind} if takes_product else {}
         if takes_product and kind == "exact":
-            problem = replace(problem, train_loss=twice_differentiable(train))
+            problem = replace(problem, train_loss=twice_differentiable(train, losses.recurrent))
         quiet = {"strict": None} if name in _ITERATIVE and "strict" not in settings else {}
 
         def run(**product: str) -> HypergradientResult:

@@ -225,6 +225,29 @@ def test_recurrent_and_attentive_encoders_learn(kind, product):
     assert callback.watch[0] == 30
 
 
+def test_cudnn_is_off_for_recurrent_layers_while_an_outer_step_lasts():
+    """Its recurrent layers have neither a second derivative nor, in eval mode, a first."""
+    seen = {"lstm": set(), "transformer": set()}
+
+    class Watching(Sequences):
+        def outer_loss(self, batch):
+            seen[self.kind].add((self.training, torch.backends.cudnn.enabled))
+            return super().outer_loss(batch)
+
+        def training_step(self, batch, batch_idx):
+            return self.inner_loss(batch)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    for kind in seen:
+        module = Watching(kind, single_loop_args={"refine_steps": 0})
+        tiny_trainer(max_steps=2).fit(module, TinyImages(16))
+    assert torch.backends.cudnn.enabled
+    assert seen["lstm"] == {(True, True), (True, False), (False, False)}  # training, inner loss, outer loss
+    assert seen["transformer"] == {(True, True), (False, True)}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["lstm", "transformer"])
 def test_cudnn_and_fused_attention_stay_out_of_outer_steps(kind):
