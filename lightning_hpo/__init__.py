@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what Python reads
     from lightning_hpo.callbacks.adadagrad import AdaptiveBatchSize
     from lightning_hpo.callbacks.base import MethodCallback
+    from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
     from lightning_hpo.callbacks.diffrate import TokenCompression
     from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
     from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
@@ -43,9 +44,12 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.functional.batching.ramps import LinearRamp, StageWise
     from lightning_hpo.functional.compression.schedule import PUBLISHED_SCHEDULES, TokenCompressionSchedule
     from lightning_hpo.functional.optim.adagrad_norm import AdaGradNorm
+    from lightning_hpo.functional.optim.normalized_momentum import NormalizedMomentum
     from lightning_hpo.functional.optim.sample_lr import SampleCosine, SampleLinear, SampleLR
     from lightning_hpo.hyper import Choice, HyperparameterSet, Integer, Interval, Positive, Simplex, UnitInterval
+    from lightning_hpo.indexed_data import IndexedDataset
     from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
+    from lightning_hpo.models.bo_rep import DataHyperCleaning, SingleLoopMixin
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
@@ -64,10 +68,12 @@ __all__ = [
     "BilevelMixin",
     "Choice",
     "CoordinateTest",
+    "DataHyperCleaning",
     "DiveBatch",
     "Hypergradient",
     "HyperparameterReport",
     "HyperparameterSet",
+    "IndexedDataset",
     "InnerProductTest",
     "Integer",
     "Interval",
@@ -79,12 +85,15 @@ __all__ = [
     "NoiseScale",
     "NoiseScaleLR",
     "NormTest",
+    "NormalizedMomentum",
     "Positive",
     "SampleCosine",
     "SampleLR",
     "SampleLinear",
     "SimiGrad",
     "Simplex",
+    "SingleLoopHypergradient",
+    "SingleLoopMixin",
     "SqrtScaling",
     "StageWise",
     "TaskDistributionTuner",
@@ -98,9 +107,6 @@ __all__ = [
 ]
 
 _HOME = {
-    "BilevelMixin": "models.implicit_differentiation",
-    "CABS": "functional.batching.policies",
-    "PUBLISHED_SCHEDULES": "functional.compression.schedule",
     "AdaGradNorm": "functional.optim.adagrad_norm",
     "AdaScale": "functional.batching.learning_rate",
     "AdamSDE": "functional.batching.learning_rate",
@@ -108,12 +114,16 @@ _HOME = {
     "AdaptiveBatchSize": "callbacks.adadagrad",
     "AdaptiveBatchSizeMixin": "models.adadagrad",
     "AugmentedTest": "functional.batching.policies",
+    "BilevelMixin": "models.implicit_differentiation",
+    "CABS": "functional.batching.policies",
     "Choice": "hyper",
     "CoordinateTest": "functional.batching.policies",
+    "DataHyperCleaning": "models.bo_rep",
     "DiveBatch": "functional.batching.policies",
     "Hypergradient": "callbacks.implicit_differentiation",
     "HyperparameterReport": "callbacks.report",
     "HyperparameterSet": "hyper",
+    "IndexedDataset": "indexed_data",
     "InnerProductTest": "functional.batching.policies",
     "Integer": "hyper",
     "Interval": "hyper",
@@ -125,12 +135,16 @@ _HOME = {
     "NoiseScale": "functional.batching.policies",
     "NoiseScaleLR": "functional.batching.learning_rate",
     "NormTest": "functional.batching.policies",
+    "NormalizedMomentum": "functional.optim.normalized_momentum",
+    "PUBLISHED_SCHEDULES": "functional.compression.schedule",
     "Positive": "hyper",
     "SampleCosine": "functional.optim.sample_lr",
     "SampleLR": "functional.optim.sample_lr",
     "SampleLinear": "functional.optim.sample_lr",
     "SimiGrad": "functional.batching.policies",
     "Simplex": "hyper",
+    "SingleLoopHypergradient": "callbacks.bo_rep",
+    "SingleLoopMixin": "models.bo_rep",
     "SqrtScaling": "functional.batching.learning_rate",
     "StageWise": "functional.batching.ramps",
     "TaskDistributionTuner": "tuners.data_driven_tuning",

@@ -2,17 +2,16 @@
 
 import math
 import warnings
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lightning_hpo.data import AdaptiveBatchSampler
 
-__all__ = ["LiveLoader", "loader_problems", "validation_loader"]
+__all__ = ["LiveLoader", "loader_problems"]
 
 _ROUNDING = 1e-9  # of a fraction of an epoch
 
@@ -47,32 +46,6 @@ def loader_problems(loader: object) -> list[str]:
     if not getattr(loader, "in_order", True):
         problems.append("the loader hands batches out of order; set `in_order=True`.")
     return problems
-
-
-def validation_loader(trainer: Trainer) -> Any:
-    """The one validation loader of a fit, which Lightning may not have set up yet.
-
-    Args:
-        trainer: A Trainer whose training has begun.
-
-    Returns:
-        The loader.
-
-    Raises:
-        ValueError: If there is none, or more than one; says what to change.
-    """
-    if trainer.val_dataloaders is None:  # the first validation may be epochs away
-        with suppress(MisconfigurationException):  # there is no loader at all
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loaders: Any = trainer.val_dataloaders
-    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-    found = loaders if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
-    if not found:
-        why = "" if trainer.limit_val_batches else " (`limit_val_batches` is 0)"
-        raise ValueError(f"there are no validation data{why}; give the fit a validation loader, or `val_dataloader`")
-    if len(found) > 1:
-        raise ValueError(f"there are {len(found)} validation loaders; give one as `val_dataloader`")
-    return found[0]
 
 
 class LiveLoader:

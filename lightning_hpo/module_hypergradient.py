@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hpo import distributed
 from lightning_hpo.functional.bilevel.estimators import ESTIMATORS, Estimator, HypergradientResult, Problem
 from lightning_hpo.functional.bilevel.problem import UnreachedError, identity
 from lightning_hpo.functional.bilevel.second_derivatives import second_derivatives_missing
 from lightning_hpo.hypergradient_arguments import choose_estimator
-from lightning_hpo.module_losses import ModuleLosses, PureLoss
+from lightning_hpo.module_losses import ModuleLosses, twice_differentiable
 from lightning_hpo.tuned_optimizer import TunedOptimizer
 
 __all__ = ["ModuleHypergradient", "may_go_on"]
@@ -152,7 +151,7 @@ class ModuleHypergradient:
         if self.entry.has_product:
             settings = settings | {"product": product}
             if product == "exact":
-                problem = replace(problem, train_loss=_twice_differentiable(problem.train_loss))
+                problem = replace(problem, train_loss=twice_differentiable(problem.train_loss, self.losses.recurrent))
         return self.entry(problem, params, self.losses.hparams, state, **settings)
 
     def _fall_back(self, error: RuntimeError) -> None:
@@ -174,13 +173,3 @@ def may_go_on(result: HypergradientResult) -> bool:
         True where nothing was solved, or the solve converged without meeting negative curvature.
     """
     return result.info is None or bool(result.info.converged & ~result.info.negative_curvature)
-
-
-def _twice_differentiable(loss: PureLoss) -> PureLoss:
-    """Attention in the form that has a second derivative."""
-
-    def explicit(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return loss(params, hparams)
-
-    return explicit

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_hpo.functional.losses import scalar_of
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.stateless import Recorder, call_step, muted
 
-__all__ = ["ModuleLosses", "NoLossError", "hyperparameter_sets"]
+__all__ = ["ModuleLoss", "ModuleLosses", "NoLossError", "hyperparameter_sets", "twice_differentiable"]
 
 _LOGGED = ("val_loss", "val/loss", "valid_loss", "validation_loss")
 ModuleLoss = Callable[[Any, Any], Tensor]
@@ -57,10 +58,13 @@ class ModuleLosses:
         train_loss: A function ``(module, batch)``.
         val_loss: A function ``(module, batch)``, or the name under which ``validation_step`` logs the loss.
         context: Entered around every call, for autocast.
+        outer: Names of parameters of the module that count as hyperparameters.
 
     Attributes:
         params: Trainable parameters of the module by name, without hyperparameters.
         hparams: Raw hyperparameters by name; those of several sets carry the name of theirs.
+        recurrent: Whether the module has recurrent layers. cuDNN stays out of the validation loss then, because its
+            recurrent layers have no gradient in eval mode.
 
     Raises:
         ValueError: If there is nothing to compute a loss with.
@@ -86,8 +90,10 @@ class ModuleLosses:
         train_loss: ModuleLoss | None = None,
         val_loss: ModuleLoss | str | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        outer: Sequence[str] = (),
     ) -> None:
         self.module, self.context = module, context
+        self.recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
         self._train_loss = train_loss or _method(module, "inner_loss") or _step(module, "training_step")
         self._val_name = val_loss if isinstance(val_loss, str) else None
         self._val_loss = None if isinstance(val_loss, str) else val_loss
@@ -109,10 +115,13 @@ class ModuleLosses:
             for name, raw in part.raw.items():
                 own = f"{label}.{name}" if len(sets) > 1 and label else name
                 self.hparams[own], self._full[own] = raw, f"{home}.raw.{name}"
+        named = dict(module.named_parameters())
+        for name in outer:
+            self.hparams[name], self._full[name] = named[name], f"module.{name}"
         taken = set(self._full.values())
         self.params = {
             name: parameter
-            for name, parameter in module.named_parameters()
+            for name, parameter in named.items()
             if parameter.requires_grad and f"module.{name}" not in taken
         }
 
@@ -144,7 +153,8 @@ class ModuleLosses:
         """
 
         def loss(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
-            with torch.random.fork_rng(devices=_devices(params)), self.context(), evaluated(self.module):
+            here = torch.random.fork_rng(devices=_devices(params))
+            with here, self.context(), evaluated(self.module), _without_cudnn(self.recurrent):
                 values = [self._score(params, hparams, batch) for batch in batches]
                 return torch.stack([_scalar(value, "validation loss") for value in values]).mean()
 
@@ -184,6 +194,28 @@ class ModuleLosses:
         return (found.get("loss") if isinstance(found, Mapping) else found), recorder.logged
 
 
+def twice_differentiable(loss: PureLoss, recurrent: bool = False) -> PureLoss:
+    """A loss with attention, and on request recurrent layers, in a form that has a second derivative.
+
+    Args:
+        loss: A loss.
+        recurrent: Whether cuDNN stays out of it, as recurrent layers need.
+
+    Returns:
+        The same loss.
+
+    Example:
+        >>> twice_differentiable(lambda params, hparams: params["w"])({"w": torch.ones(1)}, {})
+        tensor([1.])
+    """
+
+    def explicit(params: dict[str, Tensor], hparams: dict[str, Tensor]) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH), _without_cudnn(recurrent):
+            return loss(params, hparams)
+
+    return explicit
+
+
 @contextmanager
 def evaluated(module: nn.Module) -> Iterator[None]:
     """A module in eval mode, and afterwards in whatever mode each part of it was.
@@ -206,6 +238,10 @@ def evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _without_cudnn(wanted: bool) -> AbstractContextManager[Any]:
+    return torch.backends.cudnn.flags(enabled=False) if wanted else nullcontext()
 
 
 class _Container(nn.Module):

@@ -14,6 +14,7 @@ from lightning_hpo import (
     MethodCallback,
     MicroBatchFinder,
     NormTest,
+    SingleLoopHypergradient,
     TokenCompression,
     UnitInterval,
 )
@@ -110,6 +111,17 @@ CASES = [
         "Hypergradient-loss",
         "implicit_differentiation",
         lambda: Hypergradient(every_n_steps=2, lr=0.3),
+        Smoothed,
+    ),
+    Case(
+        "SingleLoop-network",
+        "bo_rep",
+        lambda: SingleLoopHypergradient(outer=("network.blocks.0",), refine_steps=0, lr=0.05, z_lr=0.1),
+    ),
+    Case(
+        "SingleLoop-loss",
+        "bo_rep",
+        lambda: SingleLoopHypergradient(every_n_steps=1, refine_steps=0, lr=10.0, z_lr=0.1, normalize=False),
         Smoothed,
     ),
     Case("TokenCompression-pairs", "diffrate", lambda: TokenCompression(target=0.7, lr=0.3, matching="bipartite")),

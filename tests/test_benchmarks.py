@@ -15,6 +15,7 @@ def test_there_is_a_script_for_each_question():
     assert SCRIPTS == [
         "adaptive_batch_quality",
         "adaptive_loader",
+        "bo_rep",
         "data_driven_tuning",
         "gradient_statistics",
         "hypergradient_cost",

@@ -26,7 +26,7 @@ L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
     *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
-    *("scaled_step", "batch_controller", "tuned_optimizer"),
+    *("scaled_step", "batch_controller", "tuned_optimizer", "outer_parameters", "validation_loader", "indexed_data"),
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
 )
 
@@ -62,6 +62,9 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
     "tuned_optimizer": (TORCH, (*L0, "hyper")),
+    "outer_parameters": (TORCH, (*L0, "hyper", "module_losses")),
+    "indexed_data": (TORCH, L0),
+    "validation_loader": (TORCH | {"lightning"}, L0),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),

@@ -18,12 +18,12 @@ from lightning_hpo.functional.bilevel.problem import UnreachedError
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.hypergradient_arguments import argument_problems, choose_estimator
-from lightning_hpo.live_loader import validation_loader
 from lightning_hpo.module_hypergradient import ModuleHypergradient, may_go_on
 from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
 from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share, step_raw
 from lightning_hpo.scaled_step import ScaledStep
 from lightning_hpo.tuned_optimizer import TunedOptimizer
+from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["Hypergradient"]
 

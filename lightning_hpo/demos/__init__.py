@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ImageFolderDataModule,
         MNISTDataModule,
     )
+    from lightning_hpo.demos.text_data import SST2DataModule
 
 _HOME = {
     "CIFAR10DataModule": "image_files",
@@ -21,6 +22,7 @@ _HOME = {
     "ImageDataModule": "image_data",
     "ImageFolderDataModule": "image_files",
     "MNISTDataModule": "image_files",
+    "SST2DataModule": "text_data",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "MNISTDataModule",
+    "SST2DataModule",
 ]
 
 

@@ -1,0 +1,290 @@
+"""Single-loop bilevel training with normalised momentum (BO-REP), and its un-normalised relatives."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_hpo.functional.bilevel.adjoint_watch import Watch
+from lightning_hpo.functional.bilevel.epoch_sgd import epoch_sgd, projected_sgd
+from lightning_hpo.functional.bilevel.outer_gradient import Solver, largest_curvature, outer_gradient
+from lightning_hpo.functional.bilevel.problem import Problem, Tensors, identity, scalar, wide_dtype
+from lightning_hpo.functional.bilevel.products import Product
+from lightning_hpo.functional.bilevel.trees import TreeLayout
+from lightning_hpo.functional.optim.normalized_momentum import Normalize, momentum_problems, step_factors
+
+__all__ = ["SingleLoopBilevel", "SingleLoopInfo", "SingleLoopState"]
+
+BatchLoss = Callable[[Tensors, Tensors, Any], Tensor]
+
+
+class SingleLoopState(NamedTuple):
+    """Where a run stands; ``_asdict()`` is plain types, and ``SingleLoopState(**saved)`` goes on from there.
+
+    Attributes:
+        inner: Inner parameters by name.
+        outer: Outer parameters by name.
+        z: Running solution of the linear system, by the names of the inner parameters.
+        m: Momentum, by the names of the outer ones.
+        step: Iterations so far.
+        watch: What :class:`~lightning_hpo.functional.bilevel.adjoint_watch.Watch` remembers.
+    """
+
+    inner: Tensors
+    outer: Tensors
+    z: Tensors
+    m: Tensors
+    step: int = 0
+    watch: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)
+
+
+class SingleLoopInfo(NamedTuple):
+    r"""How an iteration went.
+
+    Attributes:
+        gradient_norm: Length of the hypergradient.
+        z_norm: Length of the new :math:`z`.
+        residual: :math:`\|\nabla^2_{yy} G z - \nabla_y F\| / \|\nabla_y F\|` at the :math:`z` that was used; the
+            numerator alone where the outer gradient is 0.
+        inner_steps: Inner steps that were taken.
+        skipped: Whether something was not finite, so that x, z and m stayed.
+    """
+
+    gradient_norm: float
+    z_norm: float
+    residual: float
+    inner_steps: int
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class SingleLoopBilevel:
+    r"""Minimises :math:`f(x, y^*(x))` over x with :math:`y^*(x) = \arg\min_y g(x, y)`, one stochastic step at a time.
+
+    Every :math:`I`-th iteration, except for the first, begins with :math:`N` steps
+    :math:`y \leftarrow \Pi_{B(\bar y, R)}(y - \gamma \nabla_y G)` on fresh batches. Every iteration then goes
+
+    .. math::
+
+        h &= \nabla_x F - \nabla^2_{xy} G\, z \\
+        z &\leftarrow z - \nu (\nabla^2_{yy} G\, z - \nabla_y F) \\
+        m &\leftarrow \beta m + (1 - \beta) h \\
+        x &\leftarrow x - \eta\, m / \max(\|m\|, m_0)
+
+    so that each step of x has length :math:`\eta`, whatever the scale of the outer loss. ``normalize=False`` with
+    ``interval=1`` and ``inner_steps=1`` is MA-SOBA, and ``solver="neumann"`` without momentum is StocBio. An object
+    holds settings only; methods take a state and return the next one, and write to nothing that they are given.
+
+    Args:
+        inner_loss: :math:`G(y, x, \text{batch})`, a scalar, strongly convex in y for the theory to hold.
+        outer_loss: :math:`F(y, x, \text{batch})`, a scalar.
+        lr: Length of an outer step, :math:`\eta`.
+        inner_lr: Inner step size :math:`\gamma`.
+        z_lr: Step size on the linear system, :math:`\nu`; below :math:`2 / \lambda_{\max}` of :math:`\nabla^2_{yy} G`.
+        momentum: :math:`\beta`.
+        interval: Iterations between inner updates, :math:`I`.
+        inner_steps: Steps of an inner update, :math:`N`.
+        radius: :math:`R`, how far an inner update may go.
+        normalize: ``"global"``: one norm; ``"per_group"``: one for each outer parameter; False: none.
+        min_norm: :math:`m_0`: shorter momenta give shorter steps.
+        solver: ``"step"``, or ``"neumann"`` for a series that is begun anew each time.
+        neumann_steps: Products of the series.
+        product: ``"exact"`` differentiates twice, ``"fd"`` takes differences of gradients.
+        reduce: Mean over ranks of a flat vector.
+
+    Raises:
+        ValueError: If a setting is out of range; all are listed.
+
+    References:
+        Hao, Gong and Liu, "Bilevel Optimization under Unbounded Smoothness: A New Algorithm and Convergence Analysis",
+        ICLR 2024, alg. 1; Chen, Xiao and Balasubramanian, "Optimal Algorithms for Stochastic Bilevel Optimization under
+        Relaxed Smoothness Conditions" (MA-SOBA), JMLR 2024; Ji, Yang and Liang (StocBio), ICML 2021.
+
+    Example:
+        >>> from itertools import repeat
+        >>> method = SingleLoopBilevel(
+        ...     inner_loss=lambda y, x, _: ((y["y"] - x["x"]) ** 2).sum() / 2,
+        ...     outer_loss=lambda y, x, _: ((y["y"] - 1) ** 2).sum() / 2,
+        ...     lr=0.02, inner_lr=0.5, z_lr=0.5,
+        ... )
+        >>> state = method.start({"y": torch.zeros(1)}, {"x": torch.tensor([-2.0])})
+        >>> state = method.refine(state, repeat(None), steps=20)
+        >>> for _ in range(200):
+        ...     state, info = method.step(state, repeat(None), repeat(None))
+        >>> bool((state.outer["x"] - 1).abs() < 0.3)
+        True
+    """
+
+    inner_loss: BatchLoss
+    outer_loss: BatchLoss
+    lr: float
+    inner_lr: float
+    z_lr: float = 0.01
+    momentum: float = 0.9
+    interval: int = 2
+    inner_steps: int = 3
+    radius: float = inf
+    normalize: Normalize = "global"
+    min_norm: float = 1e-10
+    solver: Solver = "step"
+    neumann_steps: int = 5
+    product: Product = "exact"
+    reduce: Callable[[Tensor], Tensor] = identity
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"inner_lr must be positive, got {self.inner_lr!r}": 0 < self.inner_lr < inf,
+            f"z_lr must be positive, got {self.z_lr!r}": 0 < self.z_lr < inf,
+            f"interval must be an integer of at least 1, got {self.interval!r}": _whole(self.interval, 1),
+            f"inner_steps must be an integer of at least 0, got {self.inner_steps!r}": _whole(self.inner_steps, 0),
+            f"radius must be positive, got {self.radius!r}": self.radius > 0,
+            f"solver must be 'step' or 'neumann', got {self.solver!r}": self.solver in ("step", "neumann"),
+            f"neumann_steps must be an integer of at least 0, got {self.neumann_steps!r}": _whole(
+                self.neumann_steps, 0
+            ),
+            f"product must be 'exact' or 'fd', got {self.product!r}": self.product in ("exact", "fd"),
+        }
+        problems = momentum_problems(self.lr, self.momentum, self.normalize, self.min_norm)
+        problems += [problem for problem, holds in checks.items() if not holds]
+        if problems:
+            raise ValueError(f"`SingleLoopBilevel`: {'; '.join(problems)}.")
+
+    def start(self, inner: Mapping[str, Tensor], outer: Mapping[str, Tensor]) -> SingleLoopState:
+        """The first state: z and m are zero.
+
+        Args:
+            inner: Inner parameters by name.
+            outer: Outer parameters by name.
+
+        Returns:
+            The state, on copies.
+
+        Raises:
+            ValueError: If a tensor is in both; all are named.
+        """
+        owners = {id(value): name for name, value in inner.items()}
+        both = [f"'{owners[id(value)]}' is the outer '{name}'" for name, value in outer.items() if id(value) in owners]
+        if both:
+            raise ValueError(f"inner and outer parameters overlap: {', '.join(both)}")
+        inner, outer = ({name: value.detach().clone() for name, value in part.items()} for part in (inner, outer))
+        return SingleLoopState(inner, outer, _zeros(inner), _zeros(outer))
+
+    def refine(
+        self,
+        state: SingleLoopState,
+        train: Iterator[Any],
+        *,
+        steps: int,
+        epochs: int | None = None,
+        lr: float | None = None,
+        radius: float = inf,
+    ) -> SingleLoopState:
+        """Brings y close to the solution for the first x, before anything else.
+
+        Args:
+            state: Where to begin.
+            train: Training batches.
+            steps: Steps of plain SGD, or of the first epoch of Epoch-SGD.
+            epochs: Epochs of :func:`~lightning_hpo.functional.bilevel.epoch_sgd.epoch_sgd`; plain SGD where None.
+            lr: Step size, the first one with epochs; ``inner_lr`` where None.
+            radius: How far y may go, the first radius with epochs.
+
+        Returns:
+            The state with another y.
+        """
+        gradient, size = self._inner_gradient(state.outer, train), self.inner_lr if lr is None else lr
+        if epochs is None:
+            inner = projected_sgd(gradient, state.inner, lr=size, steps=steps, radius=radius)
+        else:
+            inner = epoch_sgd(gradient, state.inner, lr=size, steps=steps, epochs=epochs, radius=radius)
+        return state._replace(inner=inner)
+
+    def step(
+        self, state: SingleLoopState, train: Iterator[Any], val: Iterator[Any], *, lr: float | None = None
+    ) -> tuple[SingleLoopState, SingleLoopInfo]:
+        """One iteration.
+
+        Args:
+            state: Where it begins.
+            train: Training batches: one is drawn, and one for each inner step.
+            val: Validation batches: one is drawn.
+            lr: Length of this step in place of the usual one, for schedules.
+
+        Returns:
+            The next state, and how it went.
+
+        Raises:
+            ValueError: As :func:`~lightning_hpo.functional.bilevel.outer_gradient.outer_gradient`.
+            FloatingPointError: If hypergradients were not finite ten times in a row.
+        """
+        inner, taken = state.inner, 0
+        if state.step and state.step % self.interval == 0:
+            taken = self.inner_steps
+            gradient = self._inner_gradient(state.outer, train)
+            inner = projected_sgd(gradient, inner, lr=self.inner_lr, steps=taken, radius=self.radius)
+        problem = self._problem(next(train), next(val))
+        found = outer_gradient(
+            problem,
+            inner,
+            state.outer,
+            state.z,
+            z_lr=self.z_lr,
+            solver=self.solver,
+            neumann_steps=self.neumann_steps,
+            product=self.product,
+        )
+        gradient_norm, z_norm, slope, residual = found.norms.tolist()
+        watch, usable, grown = Watch(*state.watch).after(gradient_norm, z_norm, slope, self.z_lr)
+        if grown:
+            self._warn(problem, inner, state.outer, watch)
+        outer, z, m = state.outer, state.z, state.m
+        if usable:
+            z, m = found.z, {name: self._averaged(old, found.gradients[name]) for name, old in m.items()}
+            outer = self._moved(outer, m, self.lr if lr is None else lr)
+        info = SingleLoopInfo(gradient_norm, z_norm, residual / (slope or 1.0), taken, not usable)
+        return SingleLoopState(inner, outer, z, m, state.step + 1, watch.plain()), info
+
+    def _averaged(self, m: Tensor, gradient: Tensor) -> Tensor:
+        return self.momentum * m + (1 - self.momentum) * gradient.to(m.dtype)
+
+    def _moved(self, outer: Tensors, m: Tensors, lr: float) -> Tensors:
+        """Outer parameters after a step; with one norm for all, the order of groups does not matter."""
+        factors = step_factors([[value] for value in m.values()], self.normalize, self.min_norm)
+        steps = {name: lr * factor * m[name] for name, factor in zip(m, factors, strict=True)}
+        return {name: value - steps[name].to(value.dtype) for name, value in outer.items()}
+
+    def _problem(self, train: Any, val: Any) -> Problem:
+        return Problem(lambda y, x: self.inner_loss(y, x, train), lambda y, x: self.outer_loss(y, x, val), self.reduce)
+
+    def _inner_gradient(self, outer: Tensors, train: Iterator[Any]) -> Callable[[Tensors], Tensors]:
+        """Gradients of the inner loss, each on the next batch, averaged over ranks."""
+
+        def gradient(inner: Tensors) -> Tensors:
+            leaves = {name: value.detach().requires_grad_() for name, value in inner.items()}
+            with torch.enable_grad():
+                value = scalar(self.inner_loss(leaves, outer, next(train)), "inner loss")
+            grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            layout = TreeLayout(inner)
+            mean = self.reduce(layout.ravel(dict(zip(leaves, grads, strict=True)), dtype=wide_dtype(inner)))
+            return layout.unravel(mean)
+
+        return gradient
+
+    def _warn(self, problem: Problem, inner: Tensors, outer: Tensors, watch: Watch) -> None:
+        curvature = largest_curvature(problem, inner, outer, product=self.product).item()
+        warnings.warn(watch.words(self.z_lr, curvature), stacklevel=4)
+
+
+def _zeros(like: Tensors) -> Tensors:
+    return {
+        name: torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+        for name, value in like.items()
+    }
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
