@@ -150,5 +150,7 @@ class Evaluation:
         """
         if self.bounds is None:
             return theta
-        low, high = (None if b is None else torch.as_tensor(b).to(theta) for b in self.bounds)
+        low, high = (
+            None if b is None else torch.as_tensor(b, dtype=theta.dtype, device=theta.device) for b in self.bounds
+        )
         return torch.clamp(theta, low, high)

@@ -105,7 +105,7 @@ def start_problems(
     problems += [f"{n} is not finite" for n, v in (("theta", theta), ("x", x)) if not bool(torch.isfinite(v).all())]
     if bounds is not None:
         low, high = (fallback if b is None else b for b, fallback in zip(bounds, (-math.inf, math.inf), strict=True))
-        low, high = torch.as_tensor(low).to(theta), torch.as_tensor(high).to(theta)
+        low, high = (torch.as_tensor(b, dtype=theta.dtype, device=theta.device) for b in (low, high))
         if not bool((low < high).all()):
             problems.append("bounds must be ordered, lowest below highest")
         elif not bool(((low <= theta) & (theta <= high)).all()):
