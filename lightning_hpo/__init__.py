@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.base import MethodCallback
     from lightning_hpo.callbacks.diffrate import TokenCompression
     from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
+    from lightning_hpo.callbacks.maid import ConvexHeadTuning
     from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
     from lightning_hpo.callbacks.report import HyperparameterReport
     from lightning_hpo.data import AdaptiveBatchSampler
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
+    from lightning_hpo.models.maid import MAIDModule
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "AugmentedTest",
     "BilevelMixin",
     "Choice",
+    "ConvexHeadTuning",
     "CoordinateTest",
     "DiveBatch",
     "Hypergradient",
@@ -72,6 +75,7 @@ __all__ = [
     "Interval",
     "LinearRamp",
     "LinearScaling",
+    "MAIDModule",
     "MethodCallback",
     "MicroBatchFinder",
     "NoScaling",
@@ -107,6 +111,7 @@ _HOME = {
     "AdaptiveBatchSizeMixin": "models.adadagrad",
     "AugmentedTest": "functional.batching.policies",
     "Choice": "hyper",
+    "ConvexHeadTuning": "callbacks.maid",
     "CoordinateTest": "functional.batching.policies",
     "DiveBatch": "functional.batching.policies",
     "Hypergradient": "callbacks.implicit_differentiation",
@@ -117,6 +122,7 @@ _HOME = {
     "Interval": "hyper",
     "LinearRamp": "functional.batching.ramps",
     "LinearScaling": "functional.batching.learning_rate",
+    "MAIDModule": "models.maid",
     "MethodCallback": "callbacks.base",
     "MicroBatchFinder": "callbacks.micro_batch",
     "NoScaling": "functional.batching.learning_rate",

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hpo import (
     AdaptiveBatchSize,
+    ConvexHeadTuning,
     Hypergradient,
     HyperparameterSet,
     MethodCallback,
@@ -135,5 +136,12 @@ CASES = [
         lambda: MicroBatchFinder(max_size=16),
         works_with=frozenset({"weights only", "checkpoint independence", "command line", "teardown"}),
         reasons=dict.fromkeys(("trains", "resume", "two ranks", "fits twice", "accumulation", "bf16"), ONCE),
+    ),
+    # Every second step, so that ten steps hold some; at epoch ends in its own tests.
+    Case("ConvexHeadTuning", "maid", lambda: ConvexHeadTuning(every_n_steps=2, steps=2)),
+    Case(
+        "ConvexHeadTuning-coefficient",
+        "maid",
+        lambda: ConvexHeadTuning("network.head", "coefficient", every_n_steps=2, steps=2),
     ),
 ]

@@ -26,7 +26,7 @@ L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
     *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
-    *("scaled_step", "batch_controller", "tuned_optimizer"),
+    *("scaled_step", "batch_controller", "tuned_optimizer", "whole_data"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -55,6 +55,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
     "tuned_optimizer": (TORCH, (*L0, "hyper")),
+    "whole_data": (TORCH, (*L0, "distributed")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),

@@ -25,6 +25,7 @@ from lightning_hpo.functional.bilevel.maid_state import MAIDState
 __all__ = ["MAID", "BilevelProblem", "LowerProblem", "MAIDState"]
 
 _REFERENCE = 0.85  # weight of the past in the non-monotone reference
+_CONSTANTS = ("upper_smoothness", "cross_lipschitz", "inverse_lipschitz")
 _STEPS = (1e-12, 1e12)  # of Barzilai and Borwein
 
 
@@ -64,7 +65,7 @@ class MAID:
         nonmonotone: Whether the decrease may be measured from Zhang and Hager's average of past values as well.
         certify: Whether the errors enter :math:`\psi`. Without, it is a line search that believes its values.
         bounds: Lowest and highest :math:`\theta`, numbers or tensors; steps are projected.
-        tolerance: Size of the hypergradient at which the run ends.
+        tolerance: Size of the hypergradient, and of the bound on its error, at which the run ends.
         lower_maxiter: Largest number of iterations of a lower solve.
         cg_maxiter: Largest number of iterations for an adjoint.
         allow_low_precision: Whether x may have 16 bits.
@@ -241,14 +242,22 @@ class MAID:
         )
 
     def _inexact_gradient(self, state: MAIDState, other: Tensor) -> tuple[MAIDState, InexactHypergradient]:
-        """A hypergradient; with ``check_descent`` one whose error is below its length."""
-        names = ("upper_smoothness", "cross_lipschitz", "inverse_lipschitz")[: 3 if self.check_descent else 1]
+        """A hypergradient; with ``check_descent`` one whose error is below its length.
+
+        A short one is no proof of a stationary point while the lower solution is coarse: there the bound on its error
+        is formed in any case.
+        """
         while True:
             solution = self.evaluation.solve(state)
             found = inexact_hypergradient(
                 self.problem, state.theta, solution.x, state.delta, state.q, kappa=self.kappa, maxiter=self.cg_maxiter
             )
-            estimates = estimated_constants(self.problem, state.theta, solution.x, found, other, state.estimates, names)
+            length = _norm(state.theta - self.evaluation.project(state.theta - found.z))
+            short = length <= self.tolerance
+            bounded = self.check_descent or short
+            estimates = estimated_constants(
+                self.problem, state.theta, solution.x, found, other, state.estimates, _CONSTANTS[: 3 if bounded else 1]
+            )
             low, up, _ = self.evaluation.value_bounds(state.theta, solution, found.upper, estimates)
             state = replace(
                 state,
@@ -259,21 +268,35 @@ class MAID:
                 upper=up,
                 lower_iterations=state.lower_iterations + solution.iterations,
                 cg_iterations=state.cg_iterations + found.iterations,
-                gradient_norm=_norm(state.theta - self.evaluation.project(state.theta - found.z)),
+                gradient_norm=length,
+                omega=None,
                 estimates=estimates,
                 reference=low if state.reference is None else state.reference,
             )
-            if self.check_descent:
-                bound = error_bound(self.problem, state.theta, solution.x, solution.error, found, estimates)
-                state = replace(state, omega=bound)
-            wrong = state.omega or 0.0
-            if state.gradient_norm <= self.tolerance and wrong <= self.tolerance:
-                return replace(state, status="stationary"), found
-            if not self.check_descent or wrong <= (1 - self.eta) * _norm(found.z):
+            if not bounded:
                 return state, found
-            if self.evaluation.at_floor(state):
+            omega = error_bound(self.problem, state.theta, solution.x, solution.error, found, estimates)
+            state = replace(state, omega=omega)
+            finest = self.accuracy != "adaptive" or self.evaluation.at_floor(state)
+            if short and (omega <= self.tolerance or finest or self._in_a_corner(state, found.z)):
+                return replace(state, status="stationary"), found
+            if not short and omega <= (1 - self.eta) * _norm(found.z):
+                return state, found
+            if finest:
                 return replace(state, status="accuracy_floor"), found
             state = replace(state, eps=self.nu * state.eps, delta=self.nu * state.delta)
+
+    def _in_a_corner(self, state: MAIDState, z: Tensor) -> bool:
+        """Whether bounds hold every coordinate back, and the errors would not change that.
+
+        Only directions that are to be certified need the bound on their error for it; its constants may be huge where
+        the modulus is small. Otherwise solutions to a hundredth of their length will do.
+        """
+        if self.evaluation.bounds is None or state.gradient_norm > 0:
+            return False
+        sure = bool((z.abs() > (state.omega or 0.0)).all())
+        close = bool((state.error <= 1e-2 * self.problem.lower.norms(state.x)).all())
+        return sure or (close and not self.check_descent)
 
     def _line_search(self, state: MAIDState, z: Tensor, budget: int) -> tuple[MAIDState, bool]:
         """The first of ``budget`` shrinking steps that is accepted, if one is."""

@@ -26,7 +26,8 @@ class MAIDState:
         gradient_norm: :math:`\|z\|` of the last hypergradient; with bounds, of its projection.
         omega: The bound on its error, where it was formed.
         step_size: That of the last accepted step; 0 where none was accepted.
-        status: ``"running"``, ``"stationary"`` (the hypergradient is within the tolerance), ``"accuracy_floor"`` (no
+        status: ``"running"``, ``"stationary"`` (hypergradient and error bound are within the
+            tolerance, or the former at the finest accuracy), ``"accuracy_floor"`` (no
             step can be certified at the finest accuracy that is allowed: convergence as far as it goes).
         iteration: Outer iterations.
         lower_iterations: Gradients of the lower losses that were taken, beyond the first of each solve.
