@@ -19,6 +19,7 @@ def test_there_is_a_script_for_each_question():
         "gradient_statistics",
         "hypergradient_tasks",
         "inference_speed",
+        "maid_quality",
         "rate_learning_step",
         "survival_mask",
         "token_compression_quality",
