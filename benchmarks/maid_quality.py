@@ -98,8 +98,9 @@ def shared_rows(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def quadratic_rows(quick: bool) -> list[dict[str, Any]]:
-    task, rows = quadratic(), []
+def quadratic_rows(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
+    """The table, and the course of its first row."""
+    task, rows, courses = quadratic(), [], []
     common: dict[str, Any] = {"alpha0": 0.01}
     settings: dict[str, dict[str, Any]] = {
         "MAID, nu_bar 1.25": {"nu_bar": 1.25},
@@ -110,9 +111,10 @@ def quadratic_rows(quick: bool) -> list[dict[str, Any]]:
     }
     for name, chosen in settings.items():
         for accuracy in (1e-1, 1e-3, 1e-5):
-            end, _ = run(task, 3 if quick else 200, **common, **both(accuracy), **chosen)
+            end, course = run(task, 3 if quick else 200, **common, **both(accuracy), **chosen)
+            courses.append(course)
             rows.append({"setting": name, "eps0": accuracy, **end})
-    return rows
+    return rows, courses[0]
 
 
 def breast_rows(quick: bool) -> list[dict[str, Any]]:
@@ -147,9 +149,10 @@ def condition_rows(quick: bool) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     assets = ("--assets", {"type": Path, "help": "folder of the picture; docs/assets by default, none with --quick"})
     chosen = parse(__doc__, arguments, assets)
+    table, quadratic_course = quadratic_rows(chosen.quick)
     facts = {
         "conditions": condition_rows(chosen.quick),
-        "quadratic": quadratic_rows(chosen.quick),
+        "quadratic": table,
         "breast_cancer": breast_rows(chosen.quick),
         "shared": shared_rows(chosen.quick),
     }
@@ -166,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     show("Condition numbers", facts["conditions"], dict.fromkeys(facts["conditions"][0], "g"))
     if folder := chosen.assets or (None if chosen.quick else ASSETS):
-        draw(folder / "maid_quality.png", courses)
+        draw(folder / "maid_quality.png", courses, quadratic_course)
     conclude(__file__, chosen, rows, **facts)
 
 

@@ -90,7 +90,7 @@ class Smoothed(TinyClassifier):
         return (1 - share) * right - share * logits.log_softmax(1).mean()
 
 
-HEAD = {"every_n_steps": 2, "steps": 2, "log_l2": 0.0, "bounds": (-4.0, 6.0), "solver": "fista"}
+HEAD = {"every_n_steps": 2, "steps": 2, "log_l2": 0.0, "bounds": (-2.0, 6.0), "solver": "fista"}
 HEAD |= {"maid_args": {"kappa": 1e-6}}
 ONCE = "it searches once, before training, and nothing moves afterwards; its own tests look at this"
 
