@@ -108,7 +108,7 @@ class MAIDModule(LightningModule):
     @override
     def on_train_start(self) -> None:
         """Reads the data and begins, or goes on."""
-        if not self.trainer.val_dataloaders:
+        if self.trainer.val_dataloaders is None:
             self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders: dict[str, Any] = {"train": self.trainer.train_dataloader, "val": self.trainer.val_dataloaders}
         problems = []

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import MAIDModule
 from lightning_hpo.functional.bilevel.maid import MAID, BilevelProblem, LowerProblem
@@ -123,11 +123,18 @@ def test_two_ranks_are_one_process():
     assert first["trials"] == expected.trials
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return zip(*DATA, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero")
 def test_what_is_refused():
     with pytest.raises(ValueError, match="rho must"):
         make(rho=2.0)
-    with pytest.raises(MisconfigurationException, match="val data: a DataLoader"):
-        tiny_trainer(max_epochs=1).fit(make(), loaders()[0], {"val": [(DATA[1], LABELS[1])]})
+    stream = DataLoader(Stream(), batch_size=4)
+    with pytest.raises(MisconfigurationException, match="val data: a DataLoader over a data set"):
+        tiny_trainer(max_epochs=1, num_sanity_val_steps=0).fit(make(), loaders()[0], stream)
     empty = DataLoader(TensorDataset(DATA[1, :0], LABELS[1, :0]))
     with pytest.raises(MisconfigurationException, match="val data: "):
         tiny_trainer(max_epochs=1, num_sanity_val_steps=0).fit(make(), loaders()[0], empty)
