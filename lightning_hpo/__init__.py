@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
     from lightning_hpo.callbacks.diffrate import TokenCompression
     from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
+    from lightning_hpo.callbacks.maid import ConvexHeadTuning
     from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
     from lightning_hpo.callbacks.report import HyperparameterReport
     from lightning_hpo.data import AdaptiveBatchSampler
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.bo_rep import DataHyperCleaning, SingleLoopMixin
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
+    from lightning_hpo.models.maid import MAIDModule
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
     from lightning_hpo.tuners.data_driven_tuning import TaskDistributionTuner
 
@@ -67,6 +69,7 @@ __all__ = [
     "AugmentedTest",
     "BilevelMixin",
     "Choice",
+    "ConvexHeadTuning",
     "CoordinateTest",
     "DataHyperCleaning",
     "DiveBatch",
@@ -79,6 +82,7 @@ __all__ = [
     "Interval",
     "LinearRamp",
     "LinearScaling",
+    "MAIDModule",
     "MethodCallback",
     "MicroBatchFinder",
     "NoScaling",
@@ -117,6 +121,7 @@ _HOME = {
     "BilevelMixin": "models.implicit_differentiation",
     "CABS": "functional.batching.policies",
     "Choice": "hyper",
+    "ConvexHeadTuning": "callbacks.maid",
     "CoordinateTest": "functional.batching.policies",
     "DataHyperCleaning": "models.bo_rep",
     "DiveBatch": "functional.batching.policies",
@@ -129,6 +134,7 @@ _HOME = {
     "Interval": "hyper",
     "LinearRamp": "functional.batching.ramps",
     "LinearScaling": "functional.batching.learning_rate",
+    "MAIDModule": "models.maid",
     "MethodCallback": "callbacks.base",
     "MicroBatchFinder": "callbacks.micro_batch",
     "NoScaling": "functional.batching.learning_rate",

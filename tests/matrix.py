@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hpo import (
     AdaptiveBatchSize,
+    ConvexHeadTuning,
     Hypergradient,
     HyperparameterSet,
     MethodCallback,
@@ -90,6 +91,8 @@ class Smoothed(TinyClassifier):
         return (1 - share) * right - share * logits.log_softmax(1).mean()
 
 
+HEAD = {"every_n_steps": 2, "steps": 2, "log_l2": 0.0, "bounds": (-2.0, 6.0), "solver": "fista"}
+HEAD |= {"maid_args": {"kappa": 1e-6}}
 ONCE = "it searches once, before training, and nothing moves afterwards; its own tests look at this"
 
 
@@ -147,5 +150,20 @@ CASES = [
         lambda: MicroBatchFinder(max_size=16),
         works_with=frozenset({"weights only", "checkpoint independence", "command line", "teardown"}),
         reasons=dict.fromkeys(("trains", "resume", "two ranks", "fits twice", "accumulation", "bf16"), ONCE),
+    ),
+    # Every second step, so that ten steps hold some; at epoch ends in its own tests. FISTA, because L-BFGS turns the
+    # rounding of sums into differences as large as the accuracy that is asked for; bounds away from what it would take
+    # long to solve. The state counts iterations, of which rounding may make one more or less.
+    Case(
+        "ConvexHeadTuning",
+        "maid",
+        lambda: ConvexHeadTuning(**HEAD),
+        compare=("module", "knobs"),
+    ),
+    Case(
+        "ConvexHeadTuning-coefficient",
+        "maid",
+        lambda: ConvexHeadTuning("network.head", "coefficient", **HEAD),
+        compare=("module", "knobs"),
     ),
 ]

@@ -22,6 +22,7 @@ def test_there_is_a_script_for_each_question():
         "hypergradient_tasks",
         "inference_speed",
         "layer_decay",
+        "maid_quality",
         "rate_learning_step",
         "survival_mask",
         "task_distribution",
