@@ -18,7 +18,7 @@ from lightning_hpo.tuned_optimizer import TunedOptimizer
 __all__ = ["ModuleHypergradient", "may_go_on"]
 
 # Steps of a solve for weight decay and nothing else: it acts on every weight alike, so more of them change little
-# (benchmarks/layer_decay.py), and with one an update every 20 steps costs a quarter of a run at most.
+# (benchmarks/layer_decay.py), and with one an update every 20 steps adds about a quarter to a run.
 _FOR_DECAY_ALONE = 1
 
 
