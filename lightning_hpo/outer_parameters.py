@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.module_losses import hyperparameter_sets
+from lightning_hpo.raw_hyperparameters import HiddenParameters, numbers
 
 __all__ = ["OuterParameters"]
 
@@ -60,7 +61,7 @@ class OuterParameters:
             )
         if not any(p.requires_grad for name, p in named.items() if name not in self.parts):
             self.problems.append("every parameter is outer, and nothing is left to be inner; name fewer.")
-        self._hidden: list[nn.Parameter] = []
+        self._hidden = HiddenParameters()
 
     def _returned(
         self, owner: str, wanted: Sequence[int], named: Mapping[str, nn.Parameter], raws: set[int]
@@ -78,24 +79,15 @@ class OuterParameters:
 
     def hide(self) -> None:
         """Takes them out of training's gradient: DDP must not wait for it, and no optimizer must step them."""
-        self._hidden = [p for group in self.groups() for p in group if p.requires_grad]
-        for parameter in self._hidden:
-            parameter.requires_grad_(False)
+        self._hidden.hide(parameter for group in self.groups() for parameter in group)
 
     def release(self) -> None:
         """Undoes :meth:`hide`."""
-        for parameter in self._hidden:
-            parameter.requires_grad_(True)
-        self._hidden = []
+        self._hidden.show()
 
     def numbers(self) -> dict[str, float | list[float]]:
         """Values of hyperparameters by name, and lengths of the network's tensors; on the host."""
-        values = {
-            f"{label}.{name}" if len(self.sets) > 1 else name: value
-            for label, part in self.sets.items()
-            for name, value in part.numbers().items()
-        }
-        return values | {name: part.detach().float().norm().item() for name, part in self.parts.items()}
+        return numbers(self.sets) | {name: part.detach().float().norm().item() for name, part in self.parts.items()}
 
 
 def _is_in(name: str, part: str) -> bool:

@@ -1,6 +1,6 @@
 """Raw hyperparameters while a module is trained: out of training's gradient, stepped by an optimizer of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -59,7 +59,7 @@ def numbers(sets: Mapping[str, HyperparameterSet]) -> dict[str, float | list[flo
 
 
 class HiddenParameters:
-    """Takes raw hyperparameters out of training's gradient, and steps them by gradients that are given.
+    """Takes parameters out of training's gradient for a while.
 
     DDP must not wait for gradients that training does not compute, and no optimizer of the user's must step these.
 
@@ -67,7 +67,7 @@ class HiddenParameters:
         >>> from lightning_hpo import Positive
         >>> hypers = HyperparameterSet(decay=Positive(0.5))
         >>> raws = HiddenParameters()
-        >>> raws.hide({"loss": hypers})
+        >>> raws.hide(hypers.parameters())
         >>> hypers.raw["decay"].requires_grad
         False
         >>> raws.show()
@@ -78,9 +78,9 @@ class HiddenParameters:
     def __init__(self) -> None:
         self._hidden: list[nn.Parameter] = []  # those that required a gradient
 
-    def hide(self, sets: Mapping[str, HyperparameterSet]) -> None:
-        """Takes the raw parameters of sets out of training's gradient, until :meth:`show`."""
-        self._hidden += [raw for part in sets.values() for raw in part.parameters() if raw.requires_grad]
+    def hide(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes parameters out of training's gradient, until :meth:`show`."""
+        self._hidden += [raw for raw in parameters if raw.requires_grad]
         for raw in self._hidden:
             raw.requires_grad_(False)
 

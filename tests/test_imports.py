@@ -63,7 +63,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "scaled_step": (TORCH, L0),
     "batch_controller": (TORCH, (*L0, "state")),
     "tuned_optimizer": (TORCH, (*L0, "hyper")),
-    "outer_parameters": (TORCH, (*L0, "hyper", "module_losses")),
+    "outer_parameters": (TORCH, (*L0, "hyper", "module_losses", "raw_hyperparameters")),
     "indexed_data": (TORCH, L0),
     "validation_loader": (TORCH | {"lightning"}, L0),
     "whole_data": (TORCH, (*L0, "distributed")),

@@ -89,7 +89,7 @@ def test_sets_have_short_names_unless_two_end_alike():
     assert list(named_sets(nn.Sequential(part(), part()))) == ["0.hypers", "1.hypers"]
     assert named_sets(one, one[0].hypers).keys() == {"hypers"}
     hidden = HiddenParameters()
-    hidden.hide(named_sets(one))
+    hidden.hide(raw for part in named_sets(one).values() for raw in part.parameters())
     assert not one[0].hypers.raw["decay"].requires_grad
     hidden.show()
     assert one[0].hypers.raw["decay"].requires_grad

@@ -15,7 +15,7 @@ from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.functional.bilevel.adjoint_watch import Watch
 from lightning_hpo.functional.bilevel.outer_gradient import OuterGradient, largest_curvature, outer_gradient
-from lightning_hpo.functional.bilevel.problem import Problem, Tensors
+from lightning_hpo.functional.bilevel.problem import Problem, Tensors, UnreachedError
 from lightning_hpo.functional.bilevel.products import Product
 from lightning_hpo.functional.bilevel.second_derivatives import second_derivatives_missing
 from lightning_hpo.functional.optim.normalized_momentum import Normalize, NormalizedMomentum, momentum_problems
@@ -28,6 +28,7 @@ from lightning_hpo.module_losses import (
     twice_differentiable,
 )
 from lightning_hpo.outer_parameters import OuterParameters
+from lightning_hpo.raw_hyperparameters import step_raw
 from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["SingleLoopHypergradient"]
@@ -257,10 +258,7 @@ class SingleLoopHypergradient(MethodCallback):
         self.watch = watch.plain()
         if usable:
             self.z = found.z
-            for name, parameter in losses.hparams.items():
-                parameter.grad = found.gradients[name].to(parameter.dtype)
-            optimizer.step()
-            optimizer.zero_grad()
+            step_raw(optimizer, losses.hparams, found.gradients, gradient)
             if self.scheduler is not None:
                 self.scheduler.step()
         else:
@@ -287,9 +285,7 @@ class SingleLoopHypergradient(MethodCallback):
         except NoLossError as error:
             self.raise_all([f"{error}."])
             raise
-        except ValueError as error:
-            if "zero" not in str(error):
-                raise
+        except UnreachedError as error:
             self.raise_all([f"{error}: does the training step read it?"])
             raise
         except RuntimeError as error:

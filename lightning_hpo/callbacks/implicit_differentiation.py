@@ -168,7 +168,7 @@ class Hypergradient(MethodCallback):
         if not scored and not is_overridden("validation_step", pl_module):
             problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
         self.raise_all(problems)
-        self._hidden.hide(self._sets)
+        self._hidden.hide(raw for part in self._sets.values() for raw in part.parameters())
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

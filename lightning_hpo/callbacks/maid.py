@@ -1,15 +1,13 @@
 """The linear head of a network, solved to the end, with its regularisation tuned by certified steps."""
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -19,6 +17,8 @@ from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.functional.bilevel.lower_problem import LowerProblem, LowerSolver
 from lightning_hpo.functional.bilevel.lower_solvers import fista, lbfgs
 from lightning_hpo.functional.bilevel.maid import MAID, BilevelProblem, MAIDState
+from lightning_hpo.module_losses import evaluated
+from lightning_hpo.validation_loader import validation_loader
 from lightning_hpo.whole_data import whole_data
 
 __all__ = ["ConvexHeadTuning"]
@@ -150,7 +150,11 @@ class ConvexHeadTuning(MethodCallback):
         """Looks at the data, and goes on from a checkpoint."""
         self.restore_pending()
         self._seen = trainer.global_step
-        val = self._validation_loader(trainer) if self.val_dataloader is None else self.val_dataloader
+        val: Any = self.val_dataloader
+        try:
+            val = validation_loader(trainer) if val is None else val
+        except ValueError as error:
+            self.raise_all([f"{error}."])
         train: Any = trainer.train_dataloader
         self._loaders = (train, val)
         problems = []
@@ -160,17 +164,6 @@ class ConvexHeadTuning(MethodCallback):
             except ValueError as error:
                 problems.append(f"{kind} data: {error}.")
         self.raise_all(problems)
-
-    def _validation_loader(self, trainer: Trainer) -> Any:
-        if trainer.val_dataloaders is None:  # the first validation may be epochs away
-            with suppress(MisconfigurationException):  # there is no loader at all
-                trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders: Any = trainer.val_dataloaders
-        loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
-        found = loaders if isinstance(loaders, (list, tuple)) else [] if loaders is None else [loaders]
-        if len(found) != 1:
-            self.raise_all([f"one validation loader is needed, there are {len(found)}; give one as `val_dataloader`."])
-        return found[0]
 
     @override
     def on_train_batch_end(
@@ -232,7 +225,7 @@ class ConvexHeadTuning(MethodCallback):
         features, labels = [], []
         hook = self._linear.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach()))
         try:
-            with _evaluating(pl_module), trainer.precision_plugin.forward_context():
+            with evaluated(pl_module), trainer.precision_plugin.forward_context():
                 for raw in whole_data(loader):
                     batch = trainer.strategy.batch_to_device(raw, pl_module.device)
                     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
@@ -259,18 +252,6 @@ class ConvexHeadTuning(MethodCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of module and data."""
         self._linear = self._loaders = None
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; every part as before afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def _batch_problems(caught: list[Tensor], labels: Tensor, classes: int) -> list[str]:

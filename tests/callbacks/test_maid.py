@@ -214,7 +214,7 @@ def test_wrong_arguments(settings, match):
             "training data: a DataLoader over a data set",
         ),
         (Classifier(), {"val_dataloader": [1, 2]}, {}, "validation data: a DataLoader"),
-        (Classifier(), {}, {"limit_val_batches": 0}, "one validation loader is needed, there are 0"),
+        (Classifier(), {}, {"limit_val_batches": 0}, "there are no validation data .`limit_val_batches` is 0."),
         (
             Classifier(),
             {"val_dataloader": DataLoader(TensorDataset(torch.zeros(4, 5), torch.tensor([0, 1, 2, 3])))},

@@ -15,6 +15,7 @@ from lightning_hpo.functional.bilevel.problem import (
     Point,
     Problem,
     Tensors,
+    UnreachedError,
     require_reached,
     scalar,
     wide_dtype,
@@ -188,7 +189,7 @@ def _judge(names: Sequence[str], flags: Sequence[float]) -> None:
     """Says what no rank reaches."""
     scored, crossed, *reached = flags
     if not crossed:
-        raise ValueError(
+        raise UnreachedError(
             "cross derivative is zero: the gradient of the inner loss in the inner parameters does not depend on the "
             f"outer ones, {list(names)}"
         )
