@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ class Window:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         self.noise: GradientNoise | None = None
         if observed:
-            note, GroupNorms._note = GroupNorms._note, self._timed(GroupNorms._note)  # type: ignore[method-assign]
-            self.noise = GradientNoise(model, dict(model.named_parameters()), ["micro_batch"])
-            GroupNorms._note = note  # type: ignore[method-assign]
+            with mock.patch.multiple(
+                GroupNorms, _note=self._timed(GroupNorms._note), _note_small=self._timed(GroupNorms._note_small)
+            ):
+                self.noise = GradientNoise(model, dict(model.named_parameters()), ["micro_batch"])
             for name in ("begin", "after_backward", "read"):
                 setattr(self.noise, name, self._timed(getattr(self.noise, name)))
 

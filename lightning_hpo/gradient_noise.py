@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_hpo import distributed
 from lightning_hpo.functional.batching.variances import coordinate_batch, group_trace, inner_product_variance
-from lightning_hpo.gradients import GroupNorms, squared_norm, sum_of_squares
+from lightning_hpo.gradients import GroupNorms, squared_norm
 from lightning_hpo.noise_estimators import Estimator
 from lightning_hpo.sharded_gradients import ShardedGradients
 from lightning_hpo.single_samples import SingleSamples
@@ -69,7 +69,6 @@ class GradientNoise:
         self._previous: list[Tensor] = []  # the last step's gradient, for "difference"
         self._previous_samples = 0
         self._sums: list[Tensor] = []
-        self._norms: dict[int, list[Tensor]] = {}  # of micro-batches' gradients, by the samples they have
         self._seen = 0  # micro-batches of the window
         self._batch: Any = None
         self._shards = ShardedGradients(self._parameters.values()) if sharded else None
@@ -95,7 +94,7 @@ class GradientNoise:
         Args:
             groups: Groups of samples whose gradients can be told apart in it; 0 if nothing shall be read from it.
         """
-        self._sums, self._norms, self._seen = [], {}, 0
+        self._sums, self._seen = [], 0
         self.using = self._choose(groups) if groups else None
         if self._shards is not None:
             self._shards.clear()
@@ -125,6 +124,8 @@ class GradientNoise:
         """Prepares for the backward pass of a micro-batch; call it when gradients will only be added to."""
         if self._shards is not None:
             self._shards.before_backward()
+        if self._groups is not None:
+            self._groups.drop()
 
     def after_backward(self, batch: Any, size: int, unscale: Tensor | float) -> None:
         """Notes what the backward pass of one micro-batch has shown.
@@ -137,7 +138,7 @@ class GradientNoise:
         if self._shards is not None:
             self._shards.after_backward()
         elif self.using == "micro_batch" and self._groups is not None:
-            self._norms.setdefault(size, []).extend(self._groups.norms())
+            self._groups.close(size)
         elif self.using == "ghost" and self._ghost is not None:
             self._take_ghost(self._ghost, size, unscale)
         self._seen += 1
@@ -185,19 +186,18 @@ class GradientNoise:
             return self._difference(list(gradients.values()), samples)
         square = squared_norm(gradients.values())
         single = self._single_samples(gradients, samples) if self._single or self.using == "vmap" else {}
-        weighted = single["squares"] * sum(sizes) if self.using == "vmap" else self._weighted_squares(square)
+        weighted = single["squares"] * sum(sizes) if self.using == "vmap" else self._weighted_squares()
         groups = len(sizes) * distributed.world_size() if self.using == "micro_batch" else samples
         trace = group_trace(distributed.sum(weighted.to(square)), samples, groups, square)
         zero = torch.zeros_like(square)
         values = (trace, square, single.get("inner", zero), single.get("coordinate", zero))
         return Reading(torch.stack([value.to(square) for value in values]), samples)
 
-    def _weighted_squares(self, like: Tensor) -> Tensor:
+    def _weighted_squares(self) -> Tensor:
         """The window's sum of n_j |g_j|^2 on this rank."""
         if self.using == "ghost":
             return torch.stack(self._sums).sum()
-        squares = [sum_of_squares(norms) * size for size, norms in self._norms.items() if norms]
-        return sum(squares, start=torch.zeros_like(like)) * (self._unscale * self._unscale)
+        return cast(GroupNorms, self._groups).weighted_squares() * (self._unscale * self._unscale)
 
     def _difference(self, gradients: list[Tensor], samples: int) -> Reading | None:
         """Two steps in a row as two groups: biased where the gradient has changed between them."""

@@ -315,9 +315,13 @@ class AdaptiveBatchSize(MethodCallback):
                 due = self.controller.due(self.interval)
                 self._noise.begin(drawn.accumulation * self._groups_in_batch if due else 0)
         self._window.add(drawn.size, self._parameters)
+        self._batch = batch
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Forgets what the training step itself has differentiated."""
         if self._noise is not None:
             self._noise.before_backward()
-        self._batch = batch
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

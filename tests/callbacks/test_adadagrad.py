@@ -338,6 +338,26 @@ def truth(data):
     return stacked.var(0).sum().item(), stacked.mean(0).square().sum().item()
 
 
+class Differentiates(Regression):
+    """Takes a gradient of its own in the training step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        own = torch.autograd.grad(100 * loss, list(self.parameters()), retain_graph=True)
+        self.log("norm", torch.stack([gradient.norm() for gradient in own]).norm())
+        return loss
+
+
+def test_gradients_that_the_training_step_takes_do_not_count():
+    def readings(module):
+        torch.manual_seed(0)
+        callback = AdaptiveBatchSize(estimator="micro_batch", max_batch_size=32)
+        run(callback, module, accumulate_grad_batches=4)
+        return callback.reading, callback.batch_size
+
+    assert readings(Differentiates()) == readings(Regression())
+
+
 @pytest.mark.parametrize(
     ("estimator", "accumulation", "rtol"),
     [
