@@ -134,11 +134,8 @@ class ModuleHypergradient:
             settings["slope"] = self._before["slope"]
         if self.entry.iterative:
             settings.setdefault("strict", None)  # a solve that is cut short is no news
-        return (
-            Problem(loss, self.losses.val(val), distributed.mean if self.sync == "exact" else identity),
-            params,
-            settings,
-        )
+        several = self.sync == "exact" and distributed.world_size() > 1
+        return Problem(loss, self.losses.val(val), distributed.mean if several else identity), params, settings
 
     def _run(
         self,

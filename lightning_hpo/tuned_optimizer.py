@@ -211,7 +211,7 @@ class TunedOptimizer:
             value = loss(params, hparams)
             for index, names in enumerate(self.groups):
                 decay = self.values(hparams, index).get("weight_decay", fixed[index])
-                squares = [(scale[name] * params[name].square()).sum() for name in names if name in params]
+                squares = [_squares(params[name], scale[name]) for name in names if name in params]
                 if squares:
                     value = value + 0.5 * decay * torch.stack(squares).sum()
             return value
@@ -256,6 +256,12 @@ class TunedOptimizer:
                 if grad is not None:
                     found[name] = step_slope(self.step, params[name], grad, states.get(name, {}), settings)
         return found
+
+
+def _squares(weight: Tensor, scale: Tensor | float) -> Tensor:
+    """The sum of scaled squares, without a copy of them where there is no scale."""
+    flat = weight.flatten()
+    return (scale.flatten() * flat if isinstance(scale, Tensor) else flat) @ flat
 
 
 def _tensors(state: Mapping[str, Any], copies: bool) -> State:

@@ -87,6 +87,12 @@ class MethodCallback(Callback):
         label = self.label(pl_module.trainer)
         pl_module.log_dict({f"{label}/{name}": value for name, value in values.items()}, **kwargs)
 
+    @staticmethod
+    def logs_now(trainer: Trainer) -> bool:
+        """Whether values logged in this step are seen: loggers are written to in it, or an epoch or training ends."""
+        every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
+        return (every > 0 and step % every == 0) or step == trainer.max_steps or trainer.is_last_batch
+
     def raise_all(self, problems: Iterable[str]) -> None:
         """Raises one :class:`MisconfigurationException` that lists every problem, if there is any."""
         if found := list(problems):

@@ -136,6 +136,7 @@ class Hypergradient(MethodCallback):
         self._scaled: ScaledStep | None = None
         self._hidden = HiddenParameters()
         self._window: list[Any] = []  # batches of the coming optimizer step
+        self._values: dict[str, Tensor | float] = {}  # to be logged
         self._seen = 0
 
     # What has been learned
@@ -251,6 +252,8 @@ class Hypergradient(MethodCallback):
                 self._update(trainer, pl_module, self._estimate)
             self._estimate.forget_step()
         self._window = []
+        if self._values and self.logs_now(trainer):
+            self.log_values(pl_module, self._values)
 
     def _due(self, step: int) -> bool:
         return step > self.warmup_steps and step % self.every_n_steps == 0
@@ -268,7 +271,7 @@ class Hypergradient(MethodCallback):
             self._step(gradients, norm)
         values = {name: _mean(value) for name, value in self.hyperparameters().items()}
         info = {"residual": result.info.residual.float()} if result.info is not None else {}
-        self.log_values(pl_module, {**values, **info, "hypergradient_norm": norm})
+        self._values = {**values, **info, "hypergradient_norm": norm}
 
     def _hypergradient(self, estimate: ModuleHypergradient, held_out: list[Any]) -> HypergradientResult:
         try:

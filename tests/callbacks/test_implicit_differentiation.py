@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -210,6 +211,30 @@ def test_training_itself_is_left_alone():
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-6, atol=1e-7)
     assert states[0]["norm.num_batches_tracked"] == states[1]["norm.num_batches_tracked"] == 8
+
+
+class Points(DummyLogger):
+    """Keeps what is logged, by step."""
+
+    def __init__(self):
+        super().__init__()
+        self.points = {}
+
+    def log_metrics(self, metrics, step):
+        self.points.setdefault(step + 1, {}).update(metrics)
+
+
+def test_loggers_get_the_values_whenever_they_are_written_to():
+    logger, module = Points(), Ridge(hypergradient_args={"every_n_steps": 4, "warmup_steps": 4})
+    train = DataLoader(TRAIN, batch_size=5)  # four steps an epoch
+    trainer = tiny_trainer(max_steps=24, logger=logger, log_every_n_steps=6)
+    trainer.fit(module, train, DataLoader(VAL, batch_size=40))
+    points = [logger.points[step] for step in (12, 18, 24)]  # updates follow steps 8, 12, 16, 20 and 24
+    names = {f"implicit_differentiation/{name}" for name in ("penalty", "residual", "hypergradient_norm")}
+    assert all(names <= set(point) for point in points)
+    values = [point["implicit_differentiation/penalty"] for point in points]
+    assert len(set(values)) == 3
+    assert values[-1] == pytest.approx(module.hypers["penalty"].item(), rel=1e-6)
 
 
 def test_batches_are_kept_only_for_a_step_that_an_update_follows():

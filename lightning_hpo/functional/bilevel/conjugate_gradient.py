@@ -53,14 +53,17 @@ def cg(
     system = scale(matvec, b, init=init, ridge=ridge, tol=tol, maxiter=maxiter)
     x, r = system.x, system.r  # fresh tensors, updated in place: memory is what an iteration costs beside its product
     p, rr = r.clone(), r @ r
+    before = rr
     threshold = stop_at(tol, b.dtype) ** 2
     running = rr > threshold
     negative = torch.zeros_like(running)
     iterations = torch.zeros_like(rr, dtype=torch.long)
     largest, eps = torch.zeros_like(rr), torch.finfo(b.dtype).eps
-    for _ in range(maxiter):
+    for step in range(maxiter):
         if tol > 0 and not bool(running):
             break
+        if step > 0:
+            p.mul_(torch.where(running, rr / before, torch.zeros_like(rr))).add_(r)
         product = system.apply(p)
         curvature, pp = p @ product, p @ p
         largest = torch.maximum(largest, curvature / torch.where(pp > 0, pp, torch.ones_like(pp)))
@@ -71,7 +74,6 @@ def cg(
         r.addcmul_(-alpha, product)
         before, rr = rr, r @ r
         iterations = iterations + running
-        p.mul_(torch.where(running, rr / before, torch.zeros_like(rr))).add_(r)
         running = running & (rr > threshold)
     return system.finish(x, rr.sqrt(), iterations, negative)
 

@@ -63,7 +63,8 @@ def norm(vector: Tensor) -> Tensor:
         >>> norm(torch.tensor([3e-30, 4e-30]))
         tensor(5.0000e-30)
     """
-    largest = vector.abs().max()
+    low, high = torch.aminmax(vector)
+    largest = torch.maximum(high, -low)
     return largest * torch.linalg.vector_norm(vector / torch.where(largest > 0, largest, torch.ones_like(largest)))
 
 

@@ -190,7 +190,7 @@ class Point:
             raise ValueError(f"{required} does not depend on params: is it computed from the dict that it is given?")
         by_hyper = dict(zip(self.hparams, rest, strict=True)) if hparams else dict.fromkeys(self.hparams)
         if not params:
-            return torch.zeros(self.layout.size, dtype=self.dtype, device=outputs.device), by_hyper
+            return torch.zeros((), dtype=self.dtype, device=outputs.device).expand(self.layout.size), by_hyper
         return self.vector(dict(zip(self.params, first, strict=True))), by_hyper
 
     def gradient(self, loss: Loss, name: str, *, params: bool = True, hparams: bool = True) -> tuple[Tensor, Partial]:
