@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from batch_runs import be_quiet
 from common import alternate, conclude, console, parse, peak_memory, show
-from hypergradient_overhead import overhead
 from hypergradient_peers import (
     Estimate,
     Peer,
@@ -234,7 +233,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             facts["unrolled"] += through_steps(task, [10, 100] if size == "100k" else [10], rounds_run, absent)
         if size in ("30k", "1M"):
             facts["memory"] = memory_after(task, [10, 20] if chosen.quick else [10, 100, 1000])
-    facts["overhead"] = overhead(chosen.quick, 1 if chosen.quick else 2 * rounds_run)
     facts |= {"peers": peer_versions(), "absent": list(absent)}
     for why in absent:
         console.print(f"left out: {why}")
@@ -249,9 +247,6 @@ def _print(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     show("Finite differences", facts["differences"], {**method, **figures})
     show("Through the inner steps", facts["unrolled"], {"inner_steps": "d", **method, **figures})
     show("Memory", facts["memory"], {"inner_steps": "d", **method, "memory": ".2f", "to_the_first_T": ".4f"})
-    columns = {"data": "", "width": "d", "steps": "d", "method": "", "cpu_s": ".2f", "plain_runs": ".3f"}
-    columns |= {"fastest_to_fastest": ".3f"}
-    show("Whole runs", facts["overhead"], columns)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What `Hypergradient` adds to whole training runs: the same run without it and with it, in turns."""
 
-from collections.abc import Sequence
-from functools import partial
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from itertools import pairwise
 from typing import Any
 
 import torch
-from batch_runs import Held, digits, mnist
-from common import alternate, console
+from batch_runs import Held, be_quiet, digits, mnist
+from common import conclude, console, parse, show
 from hypergradient_runs import fit
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
@@ -15,8 +17,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_hpo import Hypergradient
-
-__all__ = ["overhead"]
 
 DECAY: dict[str, Any] = {"tune": ("weight_decay",)}
 METHODS: dict[str, dict[str, Any]] = {
@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sama": {**DECAY, "estimator": "sama"},
     "darts_fd, every_n_steps=5": {**DECAY, "estimator": "darts_fd", "every_n_steps": 5},
 }
+
+HOOKS = ("setup", "on_train_start", "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
 class Plain(LightningModule):
@@ -56,30 +58,74 @@ def _loader(data: Held, shuffle: bool) -> DataLoader[tuple[Tensor, Tensor]]:
     return DataLoader(data, batch_size=128, shuffle=shuffle, collate_fn=tuple)
 
 
-def _run(train: Held, val: Held, width: int, steps: int, arguments: dict[str, Any] | None) -> None:
+class Timed(Hypergradient):
+    """Notes the CPU time that it spends itself."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.inside = 0.0
+        for hook in HOOKS:
+            setattr(self, hook, self._timed(getattr(self, hook)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def timed(*given: Any, **named: Any) -> Any:
+            begun = time.process_time()
+            result = function(*given, **named)
+            self.inside += time.process_time() - begun
+            return result
+
+        return timed
+
+
+def _run(train: Held, val: Held, width: int, steps: int, arguments: dict[str, Any] | None) -> tuple[float, float]:
+    """CPU time of a run, and what of it passed inside the callback."""
     seed_everything(0, verbose=False)
     module = Plain([train.inputs.shape[1], width, width, 10])
-    callbacks = [] if arguments is None else [Hypergradient(**arguments)]
+    callbacks = [] if arguments is None else [Timed(**arguments)]
     loaders = _loader(train, True), _loader(val, False)
-    fit(module, *loaders, steps, *callbacks)
+    spent = fit(module, *loaders, steps, *callbacks)
+    return spent, sum(callback.inside for callback in callbacks)
 
 
-def overhead(quick: bool, rounds: int) -> list[dict[str, Any]]:
-    """Whole runs, in units of the run without the callback in the same round."""
+def _compare(run: Callable[[dict[str, Any] | None], tuple[float, float]], method: Any, rounds: int) -> dict[str, float]:
+    """Runs with the callback, each between two without it: the machine's speed drifts."""
+    run(method)
+    spent, ratios, inside = [], [], []
+    for _ in range(rounds):
+        (before, _), (middle, within), (after, _) = run(None), run(method), run(None)
+        spent.append(middle)
+        ratios.append(2 * middle / (before + after))
+        inside.append(middle / (middle - within))
+    low, median, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    found = {"cpu_s": statistics.median(spent), "plain_runs": median, "quartile_1": low, "quartile_3": high}
+    return {name: round(value, 3) for name, value in {**found, "inside": statistics.median(inside)}.items()}
+
+
+def _overhead(quick: bool, rounds: int) -> list[dict[str, Any]]:
+    """Whole runs, in units of the run without the callback."""
     try:
         name, data = ("digits", digits(0)) if quick else ("MNIST", mnist())
     except (FileNotFoundError, ValueError) as error:
         console.print(f"runs on digits: {error}")
         name, data = "digits", digits(0)
-    rows = []
-    for width in (64,) if quick else (256,):
-        steps = 10 if quick else 200
-        run = partial(_run, data.train, data.test, width, steps)
-        methods = dict(list(METHODS.items())[:4] if quick else METHODS)
-        timings = alternate({"none": partial(run, None), **{m: partial(run, a) for m, a in methods.items()}}, rounds)
-        fastest = timings["none"].fastest
-        for method, timing in timings.items():
-            row = {"data": name, "width": width, "steps": steps, "method": method}
-            row |= {"cpu_s": float(f"{timing.median:.4g}"), "plain_runs": round(timing.ratio, 3)}
-            rows.append(row | {"fastest_to_fastest": round(timing.fastest / fastest, 3)})
-    return rows
+    width, steps = (64, 10) if quick else (256, 400)
+    run = partial(_run, data.train, data.test, width, steps)
+    facts = {"data": name, "width": width, "steps": steps}
+    methods = dict(list(METHODS.items())[:3]) if quick else METHODS
+    return [{**facts, "method": label, **_compare(run, method, rounds)} for label, method in methods.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    rounds = ("--rounds", {"type": int, "default": 7, "help": "7 by default"})
+    chosen = parse(__doc__, arguments, rounds)
+    be_quiet()
+    rows = _overhead(chosen.quick, 1 if chosen.quick else chosen.rounds)
+    columns = {"data": "", "steps": "d", "method": "", "cpu_s": ".2f"}
+    ratios = dict.fromkeys(("plain_runs", "quartile_1", "quartile_3", "inside"), ".3f")
+    show("Whole runs", rows, {**columns, **ratios})
+    conclude(__file__, chosen, rows)
+
+
+if __name__ == "__main__":
+    main()

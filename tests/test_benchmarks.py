@@ -19,6 +19,7 @@ def test_there_is_a_script_for_each_question():
         "data_driven_tuning",
         "gradient_statistics",
         "hypergradient_cost",
+        "hypergradient_overhead",
         "hypergradient_tasks",
         "inference_speed",
         "layer_decay",

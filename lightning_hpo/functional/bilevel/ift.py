@@ -18,7 +18,7 @@ from lightning_hpo.functional.bilevel.linear_solve import (
     neumann,
     normal_cg,
 )
-from lightning_hpo.functional.bilevel.problem import HypergradientResult, Point, Problem, hypergradient
+from lightning_hpo.functional.bilevel.problem import HypergradientResult, Partial, Point, Problem, hypergradient
 from lightning_hpo.functional.bilevel.products import Product, products
 
 __all__ = ["ift", "ift_bicgstab", "ift_cg", "ift_exact", "ift_gmres", "ift_neumann", "ift_normal_cg"]
@@ -83,17 +83,21 @@ def ift(
     v, direct = point.gradient(problem.val_loss, "val_loss")
     v = problem.reduce(v)
     second = products(problem, point, product)
-    u, info = solve(
-        lambda p: problem.reduce(second.pull_back(p, hparams=False)[0]),
-        v,
-        rmatvec=lambda p: problem.reduce(second.push(p)),
-        init=state.get("u") if state and warm_start else None,
-        **settings,
-    )
+    init = state.get("u") if state and warm_start else None
+    single = solve is cg and settings.get("maxiter") == 1 and init is None
+    seen: list[tuple[Tensor, Partial]] = []  # the only direction, and the mixed product with it
+
+    def matvec(p: Tensor) -> Tensor:
+        image, mixed = second.pull_back(p, hparams=single)
+        if single:
+            seen.append((p, mixed))
+        return problem.reduce(image)
+
+    u, info = solve(matvec, v, rmatvec=lambda p: problem.reduce(second.push(p)), init=init, **settings)
     # Where the very first direction has negative curvature there is no solution to look for: u = v, as in t1t2.
     u = torch.where(info.negative_curvature & (info.iterations == 0), v, u)
     _check(info, strict)
-    _, mixed = second.pull_back(u, params=False)
+    mixed = _multiple(u, *seen[0]) if seen else second.pull_back(u, params=False)[1]
     indirect = {name: None if part is None else -part for name, part in mixed.items()}
     return hypergradient(problem, point, direct, indirect, info=info, state={"u": u})
 
@@ -300,6 +304,13 @@ def ift_exact(
         {'goal': tensor(6.)}
     """
     return ift(problem, params, hparams, state, solve=lu, warm_start=False, strict=None, **settings)
+
+
+def _multiple(u: Tensor, p: Tensor, mixed: Partial) -> Partial:
+    """The mixed product with u, a multiple of p, from that with p."""
+    square = p @ p
+    factor = (u @ p) / torch.where(square > 0, square, torch.ones_like(square))
+    return {name: None if part is None else (factor * part).to(part.dtype) for name, part in mixed.items()}
 
 
 def _check(info: SolveInfo, strict: bool | None) -> None:

@@ -38,6 +38,36 @@ def test_ridge_in_closed_form(ridge: Any, name: str, settings: dict[str, Any]) -
     assert error < (1e-6 if "product" in settings else 1e-8)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])  # of the curvature
+@pytest.mark.parametrize("product", ["exact", "fd"])
+def test_one_step_of_conjugate_gradients_is_a_multiple_of_the_validation_gradient(sign: float, product: str) -> None:
+    torch.manual_seed(0)
+    weights, goal, log_decay = (torch.randn(4, dtype=torch.float64) for _ in range(3))
+    scales = sign * torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    problem = Problem(
+        lambda w, h: 0.5 * ((scales + h["log_decay"].exp()) * w["w"] ** 2).sum(),
+        lambda w, h: 0.5 * (w["w"] - h["goal"]).square().sum(),
+    )
+    hparams = {"log_decay": log_decay if sign > 0 else log_decay - 9, "goal": goal}
+    calls = []
+    watched = replace(problem, train_loss=lambda w, h: (calls.append(1), problem.train_loss(w, h))[1])
+    found = ift_cg(watched, {"w": weights}, hparams, maxiter=1, tol=0.0, product=product, strict=None)
+    v, decay = weights - goal, hparams["log_decay"].exp()
+    factor = (v @ v) / (v @ ((scales + decay) * v)) if sign > 0 else 1.0
+    rtol = 1e-12 if product == "exact" else 1e-6
+    torch.testing.assert_close(found.state["u"], factor * v, rtol=rtol, atol=0)
+    torch.testing.assert_close(found.gradients["log_decay"], -factor * v * decay * weights, rtol=rtol, atol=0)
+    torch.testing.assert_close(found.gradients["goal"], -v, rtol=1e-12, atol=0)
+    assert len(calls) == (1 if product == "exact" else 2)
+
+
+def test_no_validation_gradient_no_step() -> None:
+    problem = Problem(lambda w, h: (h["a"] * w["w"] ** 2).sum(), lambda w, h: ((w["w"] - 1) ** 2).sum())
+    for tol in (0.0, 1e-5):
+        found = ift_cg(problem, {"w": torch.ones(2)}, {"a": torch.tensor(0.5)}, maxiter=1, tol=tol, strict=None)
+        assert found.gradients["a"] == 0
+
+
 def test_neumann_is_the_truncated_series(ridge: Any) -> None:
     point = ridge.params
     x = ridge.x[::2]
