@@ -8,10 +8,7 @@ differentiates sample by sample what has none. `vmap alone` differentiates every
 `nn.MultiheadAttention`; there `ghost` leaves out what has no rule, while both forms of `vmap` look at everything.
 Memory is what is allocated at the peak of a step beyond what was there before it.
 
-What `micro_batch` costs is too little for so few rounds, so a second table takes many: an optimizer step over four
-micro-batches, alone and with all that the estimator does (hooks, and the reading at the end), one after the other in
-changing order. `cost` is the median ratio of the two with its 95 % confidence interval `low` to `high`, and the
-quartiles of single rounds; `inside` is the time spent in the estimator's own code over the rest of the same step.
+What `micro_batch` costs is too little for so few rounds: see micro_batch_cost.py.
 """
 
 import copy
@@ -20,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from batch_windows import paired_cost
 from common import alternate, conclude, device, parse, peak_memory, rounded, show
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -203,18 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batch = ("--batch", {"type": int, "nargs": "+", "default": [64, 256]})
     rounds = ("--rounds", {"type": int, "default": 15, "help": "a third of it for the ViT and the transformer"})
     models = ("--models", {"nargs": "+", "default": list(MODELS), "choices": list(MODELS)})
-    paired = ("--paired", {"type": int, "default": 200, "help": "rounds of the second table, likewise; 0 for none"})
-    chosen = parse(__doc__, arguments, batch, rounds, models, paired)
+    chosen = parse(__doc__, arguments, batch, rounds, models)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    closer: list[dict[str, Any]] = []
     for name in chosen.models[:1] if chosen.quick else chosen.models:
         for size in [8] if chosen.quick else chosen.batch:
             slower = SLOWER.get(name, 1)
             rows += run(name, size, 2 if chosen.quick else max(3, chosen.rounds // slower))
-            if chosen.paired:
-                turns = 4 if chosen.quick else max(8, chosen.paired // slower**3)
-                closer.append({"model": name, "micro_batch": size, **paired_cost(*setting(name, size), turns)})
     columns = {
         "model": "",
         "batch": "d",
@@ -225,10 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "memory": ".2f",
     }
     show("A step; cost and memory over the plain step", rows, columns)
-    if closer:
-        figures = dict.fromkeys(("cost", "low", "high", "quartile_1", "quartile_3", "inside"), ".4f")
-        show("micro_batch", closer, {"model": "", "micro_batch": "d", "rounds": "d"} | figures)
-    conclude(__file__, chosen, rows, micro_batch=closer, plain_step=(__doc__ or "").split("\n\n")[1].replace("\n", " "))
+    conclude(__file__, chosen, rows, plain_step=(__doc__ or "").split("\n\n")[1].replace("\n", " "))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ def test_there_is_a_script_for_each_question():
         "inference_speed",
         "layer_decay",
         "maid_quality",
+        "micro_batch_cost",
         "rate_learning_step",
         "survival_mask",
         "task_distribution",
