@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
+from lightning_hpo.functional.bilevel.weight_auc import weight_auc
 from lightning_hpo.hyper import HyperparameterSet, UnitInterval
 
 __all__ = ["DataHyperCleaning", "SingleLoopMixin"]
@@ -89,6 +90,8 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
         lr: Learning rate of the network (SGD).
         weight_decay: The factor :math:`c`; above 0, for the inner problem to have one solution.
         weight: First weight of each example, between 0 and 1.
+        corrupted: True where a label is known to be wrong, shape ``(samples,)``, to see how well weights find them:
+            each epoch logs the area under the ROC curve as ``weight_auc``. Nothing is learned from it.
         single_loop_args: Arguments of :class:`~lightning_hpo.SingleLoopHypergradient`, by name.
 
     Raises:
@@ -110,6 +113,7 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
         lr: float = 0.1,
         weight_decay: float = 5e-4,
         weight: float = 0.5,
+        corrupted: Tensor | None = None,
         single_loop_args: dict[str, Any] | None = None,
     ) -> None:
         checks = {
@@ -118,11 +122,18 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
             f"weight_decay must not be negative, got {weight_decay!r}": weight_decay >= 0,
             f"weight must lie between 0 and 1, got {weight!r}": 0 < weight < 1,
         }
-        if problems := [problem for problem, holds in checks.items() if not holds]:
+        problems = [problem for problem, holds in checks.items() if not holds]
+        if corrupted is not None and (corrupted.dtype != torch.bool or corrupted.shape != (samples,)):
+            shape = tuple(corrupted.shape)
+            problems.append(f"corrupted must be a boolean tensor of shape ({samples},), got {corrupted.dtype} {shape}")
+        elif corrupted is not None and corrupted.all() == corrupted.any():
+            problems.append("corrupted must name some examples, but not all")
+        if problems:
             raise ValueError(f"`DataHyperCleaning`: {'; '.join(problems)}.")
         super().__init__(single_loop_args=single_loop_args)
         self.network, self.lr, self.weight_decay = network, lr, weight_decay
         self.hypers = HyperparameterSet(weight=UnitInterval(torch.full((samples,), weight)))
+        self.register_buffer("corrupted", corrupted, persistent=False)
 
     def sample_weights(self) -> Tensor:
         """The weight of each training example, by its index; shape ``(samples,)``."""
@@ -139,6 +150,11 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
         """Cross-entropy; an index in front is not looked at."""
         inputs, labels = batch[-2:]
         return F.cross_entropy(self.network(inputs), labels)
+
+    def on_train_epoch_end(self) -> None:
+        """Logs how well weights find what is known to be wrong."""
+        if isinstance(self.corrupted, Tensor):
+            self.log("weight_auc", weight_auc(self.sample_weights(), self.corrupted))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD for the network."""

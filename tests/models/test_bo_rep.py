@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import DataHyperCleaning, IndexedDataset
+from lightning_hpo.functional.bilevel.weight_auc import weight_auc
 from lightning_hpo.testing import tiny_trainer
 
 
@@ -52,3 +53,50 @@ def test_indexed_samples():
     assert IndexedDataset([5.0])[0] == (torch.tensor(0), 5.0)
     with pytest.raises(TypeError, match="a data set with a length is needed, got `generator`"):
         IndexedDataset(x for x in [1])
+
+
+def test_the_area_under_the_curve_is_logged_where_wrong_labels_are_known():
+    inputs, labels = points(16, 0)
+    corrupted = torch.arange(16) % 4 == 0
+    module = DataHyperCleaning(nn.Linear(2, 2), 16, corrupted=corrupted, single_loop_args={"refine_steps": 0})
+    weights = module.hypers.raw["weight"]
+    with torch.no_grad():
+        weights.copy_(torch.linspace(-1, 1, 16))
+    train = DataLoader(IndexedDataset(TensorDataset(inputs, labels)), batch_size=8)
+    trainer = tiny_trainer(max_steps=2)
+    trainer.fit(module, train, DataLoader(TensorDataset(inputs, labels), batch_size=8))
+    found = module.sample_weights()
+    higher = (found[~corrupted][:, None] > found[corrupted]).double().mean().item()
+    assert trainer.callback_metrics["weight_auc"].item() == pytest.approx(higher, rel=1e-6)
+    assert 0.5 < higher < 0.7
+    assert "corrupted" not in module.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.zeros(3, dtype=torch.bool), r"boolean tensor of shape \(4,\), got torch.bool \(3,\)"),
+        (torch.zeros(4), r"boolean tensor of shape \(4,\), got torch.float32 \(4,\)"),
+        (torch.zeros(4, dtype=torch.bool), "must name some examples, but not all"),
+        (torch.ones(4, dtype=torch.bool), "must name some examples, but not all"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, words):
+    with pytest.raises(ValueError, match=words):
+        DataHyperCleaning(nn.Linear(2, 2), 4, corrupted=mask)
+
+
+def test_the_area_by_hand_and_as_known_elsewhere():
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(5, (200,), generator=generator) / 4  # many ties
+    corrupted = torch.rand(200, generator=generator) < 0.3
+    known = roc_auc_score(~corrupted.numpy(), weights.numpy())
+    assert weight_auc(weights, corrupted).item() == pytest.approx(known, rel=1e-6)
+    assert weight_auc(1 - weights, corrupted).item() == pytest.approx(1 - known, rel=1e-6)
+    assert weight_auc(torch.ones(3), torch.tensor([True, False, False])).item() == 0.5
+    with pytest.raises(ValueError, match=r"one shape \(n,\) are needed, got \(3,\) and \(2,\)"):
+        weight_auc(torch.ones(3), torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="all examples are of one kind"):
+        weight_auc(torch.ones(2), torch.tensor([True, True]))

@@ -105,7 +105,7 @@ def outer_gradient(
         used, _ = neumann(lambda p: problem.reduce(operator.push(p)), right, maxiter=neumann_steps, alpha=z_lr)
     else:
         used = torch.zeros_like(slope) if z is None else point.vector(z)
-    curved, mixed = operator.pull_back(used)
+    curved, mixed = operator.pull_back(used, last=True)
     curved, slope, flat, loss = _averaged(problem, point, (curved, slope, loss), (direct, mixed), scored)
     residual = curved - slope
     after = used - z_lr * residual if solver == "step" else used
