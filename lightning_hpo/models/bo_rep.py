@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
 from lightning_hpo.functional.bilevel.weight_auc import weight_auc
 from lightning_hpo.hyper import HyperparameterSet, UnitInterval
+from lightning_hpo.indexed_data import IndexedDataset
 
 __all__ = ["DataHyperCleaning", "SingleLoopMixin"]
 
@@ -22,6 +24,9 @@ class SingleLoopMixin:
     ``outer_parameters()`` returns, an encoder for example, and any :class:`~lightning_hpo.HyperparameterSet` that is an
     attribute. Training steps take the inner loss, validation steps log the outer one as ``val_loss``; define
     ``training_step`` or ``validation_step`` yourself where that is too little.
+
+    Several tasks that share the outer parameters (meta-learning) are inner parameters for each, the *sum* of their
+    inner losses and the *mean* of their outer ones: outer parameters then follow the mean of their hypergradients.
 
     Args:
         *args: Arguments of your module.
@@ -138,6 +143,18 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
     def sample_weights(self) -> Tensor:
         """The weight of each training example, by its index; shape ``(samples,)``."""
         return self.hypers["weight"].detach()
+
+    def on_train_start(self) -> None:
+        """Refuses training sets with more examples than there are weights."""
+        super().on_train_start()
+        loader = self.trainer.train_dataloader
+        examples = getattr(loader, "dataset", None)
+        given = len(self.sample_weights())
+        if isinstance(examples, IndexedDataset) and len(examples) > given:
+            raise MisconfigurationException(
+                f"`DataHyperCleaning`: the training set has {len(examples)} examples, but there are weights for "
+                f"{given}; give `samples={len(examples)}`."
+            )
 
     def inner_loss(self, batch: Any) -> Tensor:
         """Weighted cross-entropy and the penalty."""
