@@ -31,7 +31,7 @@ class RowReader(nn.Module):
 
 seed_everything(0, verbose=False)
 warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec|logging interval).*")
-steps = 60 if "--quick" in sys.argv else 2400  # optimizer steps; every other one is followed by an outer step
+steps = 60 if "--quick" in sys.argv else 1200  # optimizer steps; every other one is followed by an outer step
 pixels, digits = load_digits(return_X_y=True)
 order = torch.randperm(len(digits))
 images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(digits)[order]
