@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("The outer loss times 1000", facts["scaled"], {"method": "", "lr": "g", "relative_difference": ".0e"})
     facts["digits"] = list(cleaning(1 if chosen.quick else 2, 10 if chosen.quick else 1500))
     write(__file__, chosen, rows, **facts)
-    facts["spread"] = list(spread(facts["digits"], 1 if chosen.quick else 4, 10 if chosen.quick else 1500))
-    facts["transformer"] = list(transformer(1 if chosen.quick else 3, 30 if chosen.quick else 300))
+    facts["spread"] = list(spread(facts["digits"], 1 if chosen.quick else 3, 10 if chosen.quick else 1500))
+    facts["transformer"] = list(transformer(1, 30 if chosen.quick else 300))
     columns = {"outer": "", "method": "", "product": "", "lr": "g", "outer_loss": ".3f", "test_accuracy": ".1f"}
     show("A transformer", facts["transformer"], columns)
     columns = {"method": "", "lr": "g", "z_lr": "g", "seed": "d", "test_accuracy": ".3f", "test_loss": ".3f"}

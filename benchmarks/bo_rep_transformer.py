@@ -22,7 +22,6 @@ RUNS: list[tuple[tuple[str, ...], str, Any, float]] = [
     (("rows", "encoder"), "exact", "global", 0.3),
     (("rows", "encoder"), "exact", False, 0.1),
     (("rows", "encoder"), "exact", False, 1.0),
-    (("rows", "encoder"), "exact", False, 3.0),
     (("rows", "encoder"), "fd", "global", 0.1),
     (("rows",), "exact", "global", 0.1),
     (("rows",), "fd", "global", 0.1),
