@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_hpo.hyper import HyperparameterSet
 from lightning_hpo.module_losses import hyperparameter_sets
@@ -88,6 +89,15 @@ class OuterParameters:
     def numbers(self) -> dict[str, float | list[float]]:
         """Values of hyperparameters by name, and lengths of the network's tensors; on the host."""
         return numbers(self.sets) | {name: part.detach().float().norm().item() for name, part in self.parts.items()}
+
+    def summary(self) -> dict[str, Tensor]:
+        """Mean values of hyperparameters by name, and lengths of the network's tensors; on the device, for logging."""
+        means = {
+            f"{label}.{name}" if len(self.sets) > 1 else name: value.detach().float().mean()
+            for label, part in self.sets.items()
+            for name, value in part.values().items()
+        }
+        return means | {name: torch.linalg.vector_norm(part.detach().float()) for name, part in self.parts.items()}
 
 
 def _is_in(name: str, part: str) -> bool:

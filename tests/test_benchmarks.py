@@ -16,6 +16,7 @@ def test_there_is_a_script_for_each_question():
         "adaptive_batch_quality",
         "adaptive_loader",
         "bo_rep",
+        "bo_rep_cost",
         "data_driven_tuning",
         "gradient_statistics",
         "hypergradient_cost",

@@ -64,6 +64,8 @@ def test_program_runs(path, tmp_path):
         assert decay > 0
         loss, adapted = map(float, re.findall(r"validation loss ([\d.]+)", done.stdout)[:2])
         assert adapted <= loss
+    if path.stem == "single_loop_cleaning":
+        assert re.search(r"AUC 0\.\d{3}; test accuracy \d+\.\d%", done.stdout)
     if path.stem == "layer_decay":
         _check_course(tmp_path / "demo_output" / "layer_decay")
         assert len(re.findall(r"^ *(?:patches|block \d|head) ", done.stdout, re.MULTILINE)) == 6

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
@@ -244,7 +245,7 @@ class SingleLoopHypergradient(MethodCallback):
         drawn = [next(self.held_out) for _ in self._window]  # as many as the step has micro-batches
         held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
         found = self._estimate(losses, held_out)
-        gradient, length, slope, residual = found.norms.tolist()
+        gradient, length, slope, _ = found.norms.tolist()  # the one time that the host waits for the device
         try:
             watch, usable, grown = Watch(*self.watch).after(gradient, length, slope, self.z_lr)
         except FloatingPointError as error:
@@ -263,9 +264,21 @@ class SingleLoopHypergradient(MethodCallback):
                 self.scheduler.step()
         else:
             rank_zero_warn("A hypergradient was not finite; the outer parameters stay what they are.")
-        values = {name: _mean(value) for name, value in self.hyperparameters().items()}
-        norms = {"gradient_norm": gradient, "z_norm": length, "residual": residual / (slope or 1.0)}
-        self.log_values(pl_module, {**values, **norms})
+        self.log_values(pl_module, self._logged(found, optimizer))
+
+    def _logged(self, found: OuterGradient, optimizer: NormalizedMomentum) -> dict[str, Tensor]:
+        """Tensors on the device: a logger reads them when it writes."""
+        gradient, z, slope, residual = found.norms
+        momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
+        lengths = [torch.linalg.vector_norm(m).to(found.norms) for m in momenta] or [torch.zeros_like(gradient)]
+        return {
+            **({} if self._outer is None else self._outer.summary()),
+            "outer_loss": found.loss,
+            "gradient_norm": gradient,
+            "momentum_norm": torch.linalg.vector_norm(torch.stack(lengths)),
+            "z_norm": z,
+            "residual": residual / torch.where(slope > 0, slope, 1.0),
+        }
 
     def _problem(self, losses: ModuleLosses, held_out: Sequence[Any]) -> Problem:
         train = losses.train(self._window)
@@ -324,10 +337,6 @@ class SingleLoopHypergradient(MethodCallback):
             self._outer.release()
         self.held_out.detach()
         self._losses, self._window = None, []
-
-
-def _mean(value: float | list[float]) -> float:
-    return value if isinstance(value, float) else sum(value) / len(value)
 
 
 def _whole(value: object, least: int) -> bool:

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
+from lightning_hpo.functional.bilevel.weight_auc import weight_auc
 from lightning_hpo.hyper import HyperparameterSet, UnitInterval
+from lightning_hpo.indexed_data import IndexedDataset
 
 __all__ = ["DataHyperCleaning", "SingleLoopMixin"]
 
@@ -21,6 +24,9 @@ class SingleLoopMixin:
     ``outer_parameters()`` returns, an encoder for example, and any :class:`~lightning_hpo.HyperparameterSet` that is an
     attribute. Training steps take the inner loss, validation steps log the outer one as ``val_loss``; define
     ``training_step`` or ``validation_step`` yourself where that is too little.
+
+    Several tasks that share the outer parameters (meta-learning) are inner parameters for each, the *sum* of their
+    inner losses and the *mean* of their outer ones: outer parameters then follow the mean of their hypergradients.
 
     Args:
         *args: Arguments of your module.
@@ -89,6 +95,8 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
         lr: Learning rate of the network (SGD).
         weight_decay: The factor :math:`c`; above 0, for the inner problem to have one solution.
         weight: First weight of each example, between 0 and 1.
+        corrupted: True where a label is known to be wrong, shape ``(samples,)``, to see how well weights find them:
+            each epoch logs the area under the ROC curve as ``weight_auc``. Nothing is learned from it.
         single_loop_args: Arguments of :class:`~lightning_hpo.SingleLoopHypergradient`, by name.
 
     Raises:
@@ -110,6 +118,7 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
         lr: float = 0.1,
         weight_decay: float = 5e-4,
         weight: float = 0.5,
+        corrupted: Tensor | None = None,
         single_loop_args: dict[str, Any] | None = None,
     ) -> None:
         checks = {
@@ -118,15 +127,34 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
             f"weight_decay must not be negative, got {weight_decay!r}": weight_decay >= 0,
             f"weight must lie between 0 and 1, got {weight!r}": 0 < weight < 1,
         }
-        if problems := [problem for problem, holds in checks.items() if not holds]:
+        problems = [problem for problem, holds in checks.items() if not holds]
+        if corrupted is not None and (corrupted.dtype != torch.bool or corrupted.shape != (samples,)):
+            shape = tuple(corrupted.shape)
+            problems.append(f"corrupted must be a boolean tensor of shape ({samples},), got {corrupted.dtype} {shape}")
+        elif corrupted is not None and corrupted.all() == corrupted.any():
+            problems.append("corrupted must name some examples, but not all")
+        if problems:
             raise ValueError(f"`DataHyperCleaning`: {'; '.join(problems)}.")
         super().__init__(single_loop_args=single_loop_args)
         self.network, self.lr, self.weight_decay = network, lr, weight_decay
         self.hypers = HyperparameterSet(weight=UnitInterval(torch.full((samples,), weight)))
+        self.register_buffer("corrupted", corrupted, persistent=False)
 
     def sample_weights(self) -> Tensor:
         """The weight of each training example, by its index; shape ``(samples,)``."""
         return self.hypers["weight"].detach()
+
+    def on_train_start(self) -> None:
+        """Refuses training sets with more examples than there are weights."""
+        super().on_train_start()
+        loader = self.trainer.train_dataloader
+        examples = getattr(loader, "dataset", None)
+        given = len(self.sample_weights())
+        if isinstance(examples, IndexedDataset) and len(examples) > given:
+            raise MisconfigurationException(
+                f"`DataHyperCleaning`: the training set has {len(examples)} examples, but there are weights for "
+                f"{given}; give `samples={len(examples)}`."
+            )
 
     def inner_loss(self, batch: Any) -> Tensor:
         """Weighted cross-entropy and the penalty."""
@@ -139,6 +167,11 @@ class DataHyperCleaning(SingleLoopMixin, LightningModule):
         """Cross-entropy; an index in front is not looked at."""
         inputs, labels = batch[-2:]
         return F.cross_entropy(self.network(inputs), labels)
+
+    def on_train_epoch_end(self) -> None:
+        """Logs how well weights find what is known to be wrong."""
+        if isinstance(self.corrupted, Tensor):
+            self.log("weight_auc", weight_auc(self.sample_weights(), self.corrupted))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD for the network."""

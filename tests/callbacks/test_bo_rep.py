@@ -363,3 +363,73 @@ def test_a_set_that_is_no_part_of_the_module_is_saved():
     other.load_state_dict(copy.deepcopy(callback.state_dict()))
     assert fresh["penalty"].item() == weights["penalty"].item()
     assert other.hyperparameters() == callback.hyperparameters()
+
+
+class Logged(Callback):
+    """What the callback has logged last."""
+
+    def __init__(self):
+        self.values = {}
+
+    def on_train_end(self, trainer, pl_module):
+        self.values = {name: float(value) for name, value in trainer.logged_metrics.items()}
+
+
+def test_what_is_logged(monkeypatch):
+    """Outer loss, lengths of hypergradient, momentum and z, the residual, and what is outer."""
+    callback, logged, results = SingleLoopHypergradient(**ARGS), Logged(), []
+    estimate = callback._estimate
+    monkeypatch.setattr(callback, "_estimate", lambda *args: results.append(estimate(*args)) or results[-1])
+    module = fit(fresh(), callback, logged, steps=10, log_every_n_steps=1)
+    last = results[-1]
+    found = {name.partition("/")[2]: value for name, value in logged.values.items() if name.startswith("bo_rep/")}
+    momentum = torch.zeros(())
+    for result in results:
+        gradient = torch.cat([part.flatten() for part in result.gradients.values()])
+        momentum = 0.9 * momentum + 0.1 * gradient
+    encoder = dict(module.encoder.named_parameters())
+    expected = {
+        "outer_loss": last.loss.item(),
+        "gradient_norm": gradient.norm().item(),
+        "momentum_norm": momentum.norm().item(),
+        "z_norm": torch.cat([part.flatten() for part in callback.z.values()]).norm().item(),
+        "residual": (last.norms[3] / last.norms[2]).item(),
+        "encoder.weight": encoder["weight"].norm().item(),
+        "encoder.bias": encoder["bias"].norm().item(),
+    }
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert len(results) == 3
+    # The loss is that of the validation data with the encoder that the hypergradient has seen.
+    with torch.no_grad():
+        for parameter in encoder.values():
+            state = callback.optimizer.state[parameter]["momentum_buffer"]
+            parameter.add_(0.05 * state / momentum.norm())
+    assert module.outer_loss(VAL.tensors).item() == pytest.approx(expected["outer_loss"], rel=1e-9)
+
+
+def test_an_outer_step_reads_from_the_device_once(monkeypatch):
+    reads, inside = [], []
+    for name in ("item", "tolist", "numpy", "cpu", "__float__", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+
+        def counting(self, *args, plain=plain, name=name, **kwargs):
+            if inside:
+                reads.append(name)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    callback = SingleLoopHypergradient(**ARGS)
+    estimate, update = callback._estimate, callback._update
+
+    def begin(*args):  # batches have been drawn; what the loader reads is on the host
+        inside.append(1)
+        return estimate(*args)
+
+    def end(*args):
+        update(*args)
+        inside.clear()
+
+    monkeypatch.setattr(callback, "_estimate", begin)
+    monkeypatch.setattr(callback, "_update", end)
+    fit(fresh(), callback, steps=10)
+    assert reads == ["tolist"] * 3

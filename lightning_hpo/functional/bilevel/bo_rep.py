@@ -4,61 +4,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_hpo.functional.bilevel.adjoint_watch import Watch
 from lightning_hpo.functional.bilevel.epoch_sgd import epoch_sgd, projected_sgd
-from lightning_hpo.functional.bilevel.outer_gradient import Solver, largest_curvature, outer_gradient
+from lightning_hpo.functional.bilevel.outer_gradient import OuterGradient, Solver, largest_curvature, outer_gradient
 from lightning_hpo.functional.bilevel.problem import Problem, Tensors, identity, scalar, wide_dtype
 from lightning_hpo.functional.bilevel.products import Product
+from lightning_hpo.functional.bilevel.single_loop_state import SingleLoopInfo, SingleLoopState, judge, wide_zeros
 from lightning_hpo.functional.bilevel.trees import TreeLayout
 from lightning_hpo.functional.optim.normalized_momentum import Normalize, momentum_problems, step_factors
 
 __all__ = ["SingleLoopBilevel", "SingleLoopInfo", "SingleLoopState"]
 
 BatchLoss = Callable[[Tensors, Tensors, Any], Tensor]
-
-
-class SingleLoopState(NamedTuple):
-    """Where a run stands; ``_asdict()`` is plain types, and ``SingleLoopState(**saved)`` goes on from there.
-
-    Attributes:
-        inner: Inner parameters by name.
-        outer: Outer parameters by name.
-        z: Running solution of the linear system, by the names of the inner parameters.
-        m: Momentum, by the names of the outer ones.
-        step: Iterations so far.
-        watch: What :class:`~lightning_hpo.functional.bilevel.adjoint_watch.Watch` remembers.
-    """
-
-    inner: Tensors
-    outer: Tensors
-    z: Tensors
-    m: Tensors
-    step: int = 0
-    watch: tuple[int, int, float, float] = (0, 0, 0.0, 0.0)
-
-
-class SingleLoopInfo(NamedTuple):
-    r"""How an iteration went.
-
-    Attributes:
-        gradient_norm: Length of the hypergradient.
-        z_norm: Length of the new :math:`z`.
-        residual: :math:`\|\nabla^2_{yy} G z - \nabla_y F\| / \|\nabla_y F\|` at the :math:`z` that was used; the
-            numerator alone where the outer gradient is 0.
-        inner_steps: Inner steps that were taken.
-        skipped: Whether something was not finite, so that x, z and m stayed.
-    """
-
-    gradient_norm: float
-    z_norm: float
-    residual: float
-    inner_steps: int
-    skipped: bool
 
 
 @dataclass(frozen=True)
@@ -171,7 +132,7 @@ class SingleLoopBilevel:
         if both:
             raise ValueError(f"inner and outer parameters overlap: {', '.join(both)}")
         inner, outer = ({name: value.detach().clone() for name, value in part.items()} for part in (inner, outer))
-        return SingleLoopState(inner, outer, _zeros(inner), _zeros(outer))
+        return SingleLoopState(inner, outer, wide_zeros(inner), wide_zeros(outer))
 
     def refine(
         self,
@@ -221,41 +182,85 @@ class SingleLoopBilevel:
             ValueError: As :func:`~lightning_hpo.functional.bilevel.outer_gradient.outer_gradient`.
             FloatingPointError: If hypergradients were not finite ten times in a row.
         """
-        inner, taken = state.inner, 0
-        if state.step and state.step % self.interval == 0:
-            taken = self.inner_steps
-            gradient = self._inner_gradient(state.outer, train)
-            inner = projected_sgd(gradient, inner, lr=self.inner_lr, steps=taken, radius=self.radius)
-        problem = self._problem(next(train), next(val))
-        found = outer_gradient(
-            problem,
-            inner,
-            state.outer,
-            state.z,
-            z_lr=self.z_lr,
-            solver=self.solver,
-            neumann_steps=self.neumann_steps,
-            product=self.product,
-        )
-        gradient_norm, z_norm, slope, residual = found.norms.tolist()
-        watch, usable, grown = Watch(*state.watch).after(gradient_norm, z_norm, slope, self.z_lr)
+        inner, taken = self.inner_update(state.inner, state.outer, state.step, train)
+        batch = next(train)
+        found = self.estimate(inner, state.outer, state.z, batch, next(val))
+        outer, m = self.outer_update(state.outer, state.m, found.gradients, lr)
+        watch, info, grown = judge(state.watch, found.norms, found.loss, m, taken, self.z_lr)
         if grown:
-            self._warn(problem, inner, state.outer, watch)
-        outer, z, m = state.outer, state.z, state.m
-        if usable:
-            z, m = found.z, {name: self._averaged(old, found.gradients[name]) for name, old in m.items()}
-            outer = self._moved(outer, m, self.lr if lr is None else lr)
-        info = SingleLoopInfo(gradient_norm, z_norm, residual / (slope or 1.0), taken, not usable)
-        return SingleLoopState(inner, outer, z, m, state.step + 1, watch.plain()), info
+            warnings.warn(watch.words(self.z_lr, self.curvature(inner, state.outer, batch)), stacklevel=2)
+        if info.skipped:
+            return state._replace(inner=inner, step=state.step + 1, watch=watch.plain()), info
+        return SingleLoopState(inner, outer, found.z, m, state.step + 1, watch.plain()), info
 
-    def _averaged(self, m: Tensor, gradient: Tensor) -> Tensor:
-        return self.momentum * m + (1 - self.momentum) * gradient.to(m.dtype)
+    # The parts of a step; `SingleLoopTasks` puts them together in another way
 
-    def _moved(self, outer: Tensors, m: Tensors, lr: float) -> Tensors:
-        """Outer parameters after a step; with one norm for all, the order of groups does not matter."""
+    def inner_update(self, inner: Tensors, outer: Tensors, step: int, train: Iterator[Any]) -> tuple[Tensors, int]:
+        """The inner steps that belong to an iteration.
+
+        Args:
+            inner: Inner parameters.
+            outer: Outer parameters.
+            step: Number of the iteration.
+            train: Training batches.
+
+        Returns:
+            The inner parameters after them, and how many there were.
+        """
+        if not step or step % self.interval:
+            return inner, 0
+        gradient, count = self._inner_gradient(outer, train), self.inner_steps
+        return projected_sgd(gradient, inner, lr=self.inner_lr, steps=count, radius=self.radius), count
+
+    def estimate(self, inner: Tensors, outer: Tensors, z: Tensors, train: Any, val: Any) -> OuterGradient:
+        """The hypergradient of one training and one validation batch.
+
+        Args:
+            inner: Inner parameters.
+            outer: Outer parameters.
+            z: The running solution.
+            train: A training batch.
+            val: A validation batch.
+
+        Returns:
+            The hypergradient, and what belongs to the next one.
+        """
+        settings: dict[str, Any] = {"z_lr": self.z_lr, "solver": self.solver, "neumann_steps": self.neumann_steps}
+        return outer_gradient(self._problem(train, val), inner, outer, z, product=self.product, **settings)
+
+    def outer_update(
+        self, outer: Tensors, m: Tensors, gradients: Tensors, lr: float | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """A step along a hypergradient.
+
+        Args:
+            outer: Outer parameters.
+            m: Momentum.
+            gradients: The hypergradient.
+            lr: Length of this step in place of the usual one.
+
+        Returns:
+            Outer parameters and momentum after it.
+        """
+        m = {name: self.momentum * old + (1 - self.momentum) * gradients[name].to(old.dtype) for name, old in m.items()}
+        # With one norm for all, the order of groups does not matter.
         factors = step_factors([[value] for value in m.values()], self.normalize, self.min_norm)
-        steps = {name: lr * factor * m[name] for name, factor in zip(m, factors, strict=True)}
-        return {name: value - steps[name].to(value.dtype) for name, value in outer.items()}
+        size = self.lr if lr is None else lr
+        steps = {name: size * factor * m[name] for name, factor in zip(m, factors, strict=True)}
+        return {name: value - steps[name].to(value.dtype) for name, value in outer.items()}, m
+
+    def curvature(self, inner: Tensors, outer: Tensors, train: Any) -> float:
+        r"""The largest curvature of the inner loss, by power iteration, on the host.
+
+        Args:
+            inner: Inner parameters.
+            outer: Outer parameters.
+            train: A training batch.
+
+        Returns:
+            :math:`|\lambda|_{\max}`, what ``2 / z_lr`` must stay above.
+        """
+        return largest_curvature(self._problem(train, None), inner, outer, product=self.product).item()
 
     def _problem(self, train: Any, val: Any) -> Problem:
         return Problem(lambda y, x: self.inner_loss(y, x, train), lambda y, x: self.outer_loss(y, x, val), self.reduce)
@@ -273,17 +278,6 @@ class SingleLoopBilevel:
             return layout.unravel(mean)
 
         return gradient
-
-    def _warn(self, problem: Problem, inner: Tensors, outer: Tensors, watch: Watch) -> None:
-        curvature = largest_curvature(problem, inner, outer, product=self.product).item()
-        warnings.warn(watch.words(self.z_lr, curvature), stacklevel=4)
-
-
-def _zeros(like: Tensors) -> Tensors:
-    return {
-        name: torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-        for name, value in like.items()
-    }
 
 
 def _whole(value: object, least: int) -> bool:

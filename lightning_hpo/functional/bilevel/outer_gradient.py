@@ -36,11 +36,13 @@ class OuterGradient(NamedTuple):
         z: Estimate of :math:`[\nabla^2_{yy} g]^{-1} \nabla_y f` by the names of the inner ones, with at least 32 bits.
         norms: Lengths of :math:`h`, of the new :math:`z`, of :math:`\nabla_y F`, and of the residual
             :math:`\nabla^2_{yy} G z - \nabla_y F` at the :math:`z` that was used; shape ``(4,)``, on the device.
+        loss: The outer loss before the step, a scalar on the device.
     """
 
     gradients: Tensors
     z: Tensors
     norms: Tensor
+    loss: Tensor
 
 
 def outer_gradient(
@@ -96,19 +98,19 @@ def outer_gradient(
         ({'x': tensor([1.])}, {'y': tensor([1.])})
     """
     point = Point(inner, outer)
-    slope, direct, scored = _slopes(problem.val_loss, point)
+    loss, slope, direct, scored = _slopes(problem.val_loss, point)
     operator = products(problem, point, product)
     if solver == "neumann":
         right = problem.reduce(slope)
         used, _ = neumann(lambda p: problem.reduce(operator.push(p)), right, maxiter=neumann_steps, alpha=z_lr)
     else:
         used = torch.zeros_like(slope) if z is None else point.vector(z)
-    curved, mixed = operator.pull_back(used)
-    curved, slope, flat = _averaged(problem, point, curved, slope, (direct, mixed), scored)
+    curved, mixed = operator.pull_back(used, last=True)
+    curved, slope, flat, loss = _averaged(problem, point, (curved, slope, loss), (direct, mixed), scored)
     residual = curved - slope
     after = used - z_lr * residual if solver == "step" else used
     norms = torch.stack([norm(flat).to(after.dtype), norm(after), norm(slope), norm(residual)])
-    return OuterGradient(_split(point.hparams, flat), _split(point.params, after), norms)
+    return OuterGradient(_split(point.hparams, flat), _split(point.params, after), norms, loss)
 
 
 def largest_curvature(
@@ -148,14 +150,15 @@ def largest_curvature(
     return length
 
 
-def _slopes(loss: Loss, point: Point) -> tuple[Tensor, Partial, bool]:
-    """Gradients of the outer loss, and whether the inner parameters reach it."""
+def _slopes(loss: Loss, point: Point) -> tuple[Tensor, Tensor, Partial, bool]:
+    """The outer loss, its gradients, and whether the inner parameters reach it."""
     with torch.enable_grad():
         value = scalar(loss(point.params, point.hparams), "outer loss")
     found = torch.autograd.grad(value, [*point.params.values(), *point.hparams.values()], allow_unused=True)
     first, rest = found[: len(point.params)], found[len(point.params) :]
     reached = any(part is not None for part in first)
     return (
+        value.detach().reshape(1),
         point.vector(dict(zip(point.params, first, strict=True))),
         dict(zip(point.hparams, rest, strict=True)),
         reached,
@@ -163,10 +166,10 @@ def _slopes(loss: Loss, point: Point) -> tuple[Tensor, Partial, bool]:
 
 
 def _averaged(
-    problem: Problem, point: Point, curved: Tensor, slope: Tensor, parts: tuple[Partial, Partial], scored: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Product, slope and hypergradient, averaged in one message, in which flags say what is reached on which rank."""
-    direct, mixed = parts
+    problem: Problem, point: Point, own: tuple[Tensor, Tensor, Tensor], parts: tuple[Partial, Partial], scored: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Product, slope, hypergradient and loss, averaged in one message; flags say what is reached on which rank."""
+    (curved, slope, loss), (direct, mixed) = own, parts
     layout = TreeLayout(point.hparams)
     sums, reached = {}, []
     for name, value in point.hparams.items():
@@ -177,12 +180,12 @@ def _averaged(
     flags = [scored, any(part is not None for part in mixed.values()), *reached]
     flat = layout.ravel(sums, dtype=wide_dtype(point.hparams)).detach()
     dtype = torch.promote_types(flat.dtype, curved.dtype)
-    pieces = [curved.detach(), slope.detach(), flat, flat.new_tensor([float(flag) for flag in flags])]
+    pieces = [curved.detach(), slope.detach(), flat, loss, flat.new_tensor([float(flag) for flag in flags])]
     message = problem.reduce(torch.cat([piece.to(dtype) for piece in pieces]))
-    curved, slope, flat, found = message.split([piece.numel() for piece in pieces])
+    curved, slope, flat, loss, found = message.split([piece.numel() for piece in pieces])
     if not all(flags):
         _judge(list(point.hparams), found.tolist())
-    return curved.to(point.dtype), slope.to(point.dtype), flat
+    return curved.to(point.dtype), slope.to(point.dtype), flat, loss[0]
 
 
 def _judge(names: Sequence[str], flags: Sequence[float]) -> None:

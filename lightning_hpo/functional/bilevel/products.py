@@ -36,8 +36,13 @@ class Products(Protocol):
         """The vector A p."""
         ...
 
-    def pull_back(self, p: Tensor, *, params: bool = True, hparams: bool = True) -> tuple[Tensor, Partial]:
-        """The vector of products of the transpose of A with p, and by name those of the mixed derivatives with p."""
+    def pull_back(
+        self, p: Tensor, *, params: bool = True, hparams: bool = True, last: bool = False
+    ) -> tuple[Tensor, Partial]:
+        """The vector of products of the transpose of A with p, and by name those of the mixed derivatives with p.
+
+        With ``last=True`` memory is given back on the way, and no product may follow.
+        """
         ...
 
 
@@ -156,9 +161,11 @@ class _Exact:
             q, transposed = self._linear
             return torch.autograd.grad(transposed, q, p, retain_graph=True)[0]
 
-    def pull_back(self, p: Tensor, *, params: bool = True, hparams: bool = True) -> tuple[Tensor, Partial]:
+    def pull_back(
+        self, p: Tensor, *, params: bool = True, hparams: bool = True, last: bool = False
+    ) -> tuple[Tensor, Partial]:
         with naming_the_remedy():
-            return self.point.pull_back(self.graph, p, params=params, hparams=hparams, keep=True)
+            return self.point.pull_back(self.graph, p, params=params, hparams=hparams, keep=not last)
 
 
 class _FiniteDifference:
@@ -176,7 +183,14 @@ class _FiniteDifference:
     def push(self, p: Tensor) -> Tensor:
         return self.pull_back(p, hparams=False)[0]
 
-    def pull_back(self, p: Tensor, *, params: bool = True, hparams: bool = True) -> tuple[Tensor, Partial]:
+    def pull_back(
+        self,
+        p: Tensor,
+        *,
+        params: bool = True,
+        hparams: bool = True,
+        last: bool = False,
+    ) -> tuple[Tensor, Partial]:
         length = norm(p)
         unit = p / torch.where(length > 0, length, 1)
         vector, slopes = central_difference(self.loss, self.point, unit, self.step, params=params, hparams=hparams)
@@ -216,9 +230,11 @@ class _GaussNewton:
         both = [first + second for first, second in zip(pulled, curved[1:], strict=True)]
         return self.point.vector(dict(zip(self.point.params, both, strict=True)))
 
-    def pull_back(self, p: Tensor, *, params: bool = True, hparams: bool = True) -> tuple[Tensor, Partial]:
+    def pull_back(
+        self, p: Tensor, *, params: bool = True, hparams: bool = True, last: bool = False
+    ) -> tuple[Tensor, Partial]:
         vector = self.push(p) if params else torch.zeros_like(p)
-        return vector, self.exact.pull_back(p, params=False, hparams=hparams)[1]
+        return vector, self.exact.pull_back(p, params=False, hparams=hparams, last=last)[1]
 
 
 def _grad(
