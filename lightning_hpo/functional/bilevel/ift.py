@@ -88,7 +88,7 @@ def ift(
     seen: list[tuple[Tensor, Partial]] = []  # the only direction, and the mixed product with it
 
     def matvec(p: Tensor) -> Tensor:
-        image, mixed = second.pull_back(p, hparams=single)
+        image, mixed = second.pull_back(p, hparams=single, last=single)
         if single:
             seen.append((p, mixed))
         return problem.reduce(image)
@@ -97,7 +97,7 @@ def ift(
     # Where the very first direction has negative curvature there is no solution to look for: u = v, as in t1t2.
     u = torch.where(info.negative_curvature & (info.iterations == 0), v, u)
     _check(info, strict)
-    mixed = _multiple(u, *seen[0]) if seen else second.pull_back(u, params=False)[1]
+    mixed = _multiple(u, *seen[0]) if seen else second.pull_back(u, params=False, last=True)[1]
     indirect = {name: None if part is None else -part for name, part in mixed.items()}
     return hypergradient(problem, point, direct, indirect, info=info, state={"u": u})
 
