@@ -254,6 +254,9 @@ class HyperparameterSet(nn.Module):
     Args:
         domains: A domain by name.
 
+    Attributes:
+        read: Names that somebody has asked for.
+
     Raises:
         ValueError: If there is none.
 
@@ -273,8 +276,10 @@ class HyperparameterSet(nn.Module):
         self.domains = domains
         self.raw = nn.ParameterDict({name: nn.Parameter(domain.raw(domain.init)) for name, domain in domains.items()})
         self._instead: dict[str, Tensor] = {}
+        self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
         return self._instead[name] if name in self._instead else self._value(name)
 
     def _value(self, name: str) -> Tensor:

@@ -48,6 +48,7 @@ class BestResponse(nn.Module):
     Attributes:
         names: Names of the converted layers.
         skipped: Names of layers with weights that were not converted, each with the reason.
+        keeps_general: Whether its state holds the general weights as well, and loading it brings them back.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -66,6 +67,7 @@ class BestResponse(nn.Module):
         self.names, self.skipped = list(layers), dict(skipped)
         self.layers = nn.ModuleDict({_key(name): response for name, response in layers.items()})
         self.source = ResponseInputs()
+        self.keeps_general = False
         self._network = (network,)  # in a tuple: it must not become a part of its response
         self._before = {name: type(network.get_submodule(name)) for name in layers}
         for name, response in layers.items():
@@ -170,6 +172,27 @@ class BestResponse(nn.Module):
             general[name].copy_(value)
         for gate in [p for name, p in self.named_parameters() if name.endswith("gate")]:
             gate.zero_()
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The general weights, if they belong to the state."""
+        return {name: weight.detach().clone() for name, weight in self.general().items() if self.keeps_general}
+
+    @torch.no_grad()
+    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Writes general weights into the network."""
+        general = self.general()
+        for name, weight in state.items():
+            general[name].copy_(weight)
+
+    def common_part(self) -> str:
+        """Name of the smallest part of the network that holds all converted layers."""
+        paths = [name.split(".") for name in self.names]
+        shared: list[str] = []
+        for step in zip(*paths, strict=False):
+            if len(set(step)) > 1:
+                break
+            shared.append(step[0])
+        return ".".join(shared)
 
     def revert(self, inputs: Tensor | None = None) -> None:
         """Makes the network an ordinary one again.
