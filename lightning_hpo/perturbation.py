@@ -82,11 +82,14 @@ class Perturbation(nn.Module):
         encoded_size(1, encoding)  # refuses what it does not know
         width = torch.tensor(wide)
         self.scale = nn.Parameter(width + torch.log(-torch.expm1(-width)))
+        self.register_buffer("centre", self.raw().detach().clone() if encoding == "cos_sin" else torch.zeros(len(self)))
 
     @property
     def sets(self) -> dict[str, HyperparameterSet]:
         """The sets by name."""
         return self._sets[0]
+
+    centre: Tensor
 
     def __len__(self) -> int:
         return self.scale.numel()
@@ -142,8 +145,8 @@ class Perturbation(nn.Module):
         return found
 
     def encoded(self, rows: Tensor) -> Tensor:
-        """What the hyper-network sees of raw values ``(..., n)``."""
-        return encode(rows, self.encoding)
+        """What the hyper-network sees of raw values ``(..., n)``; angles are 45 degrees at the first ones."""
+        return encode(rows - self.centre, self.encoding)
 
     def difference(self, rows: Tensor) -> Tensor:
         """The encoding of raw values, less that of the present ones, which does not follow them."""
@@ -152,7 +155,7 @@ class Perturbation(nn.Module):
     def direction(self, rows: Tensor) -> Tensor:
         """The encoding's derivative from the present raw values towards others ``(batch, n)``; without a gradient."""
         raw = self.raw().detach()
-        return encoding_direction(raw, rows.detach() - raw, self.encoding)
+        return encoding_direction(raw - self.centre, rows.detach() - raw, self.encoding)
 
     def entropy(self) -> Tensor:
         """Entropy of the perturbation."""
