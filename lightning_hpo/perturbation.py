@@ -16,11 +16,10 @@ from lightning_hpo.functional.bilevel.best_response import (
     entropy,
     perturbed,
 )
-from lightning_hpo.hyper import HyperparameterSet, Integer, Interval, Positive
+from lightning_hpo.hyper import HyperparameterSet, Integer, Interval, Simplex
 
 __all__ = ["Noise", "Perturbation"]
 
-_ELEMENTWISE = (Interval, Integer, Positive)
 _FLAT = 6.9  # the logit of one thousandth: beyond it a sigmoid has hardly a slope
 
 
@@ -65,7 +64,7 @@ class Perturbation(nn.Module):
         self.columns: dict[tuple[str, str], slice] = {}
         for label, part in sets.items():
             for name, domain in part.domains.items():
-                if not isinstance(domain, _ELEMENTWISE):
+                if isinstance(domain, Simplex):
                     problems.append(f"`{name}` is a {type(domain).__name__}, whose numbers depend on each other")
                 given = scale.get(name, 1.0) if isinstance(scale, Mapping) else scale
                 if not 0 < given < float("inf"):
@@ -181,7 +180,7 @@ class Perturbation(nn.Module):
         for ((label, name), columns), raw in zip(self.columns.items(), self.raw_parameters(), strict=True):
             old = before[columns].view_as(raw)
             raw.copy_(old + (raw - old).clamp(-most, most))
-            if not isinstance(self.sets[label].domains[name], Positive):
+            if isinstance(self.sets[label].domains[name], (Interval, Integer)):
                 limit = old.abs().clamp_min(_FLAT)  # whoever is farther out may stay or come back
                 raw.copy_(raw.clamp(-limit, limit))
 

@@ -33,6 +33,7 @@ class ResponseTraining:
             to :math:`\lambda_i - \lambda`, and the response learns by itself, in the network linearised at 0.
         part: The part of the module whose output is the prediction.
         seed: Decides the noise.
+        linearised: Losses for the linearised pass, where they are others: autocast has no forward mode for every layer.
 
     Example:
         >>> from lightning_hpo import HyperparameterSet, UnitInterval
@@ -61,7 +62,9 @@ class ResponseTraining:
         mode: Mode = "delta",
         part: nn.Module | None = None,
         seed: int = 0,
+        linearised: ModuleLosses | None = None,
     ) -> None:
+        self.linearised = losses if linearised is None else linearised
         self.response, self.perturbation, self.losses, self.mode = response, perturbation, losses, mode
         self.part = response.network if part is None else part
         self.noise, self.held_out_noise = Noise(len(perturbation), 2 * seed), Noise(len(perturbation), 2 * seed + 1)
@@ -111,7 +114,7 @@ class ResponseTraining:
         self.replace(rows)
         try:
             with self.response.along(direction, self.part) as calls:
-                loss = self.losses.train([batch])(general, self.losses.hparams)
+                loss = self.linearised.train([batch])(general, self.linearised.hparams)
                 outside = forward_ad.unpack_dual(loss).tangent is not None
         finally:
             self.replace(None)

@@ -24,6 +24,7 @@ def test_there_is_a_script_for_each_question():
         "layer_decay",
         "maid_quality",
         "rate_learning_step",
+        "self_tuning_networks",
         "survival_mask",
         "task_distribution",
         "token_compression_quality",

@@ -186,8 +186,8 @@ class SelfTuning(MethodCallback):
         if not scored and not is_overridden("validation_step", pl_module):
             problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
         compiled = [n for n, m in pl_module.named_modules() if hasattr(m, "_orig_mod") or _is_compiled(m)]
-        if compiled and self.mode == "delta":
-            problems.append(f"compiled modules have no forward mode ({compiled}): compile nothing, or use mode='stn'.")
+        if compiled:
+            problems.append(f"layers of compiled modules cannot change ({compiled}): compile after the fit.")
         self.raise_all(problems)
         network = self._find(pl_module)
         self._sets = named_sets(pl_module, self.hypers)
@@ -264,9 +264,10 @@ class SelfTuning(MethodCallback):
             parameter.data.copy_(distributed.broadcast(parameter.data))
         context = trainer.precision_plugin.train_step_context
         losses = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss, context)
+        full = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss)  # without autocast
         name = response.common_part()
         part = response.network.get_submodule(name) if self.network is None else response.network
-        self._training = ResponseTraining(response, perturbation, losses, self.mode, part, self.seed)
+        self._training = ResponseTraining(response, perturbation, losses, self.mode, part, self.seed, full)
         self._training.settle()
 
     @override

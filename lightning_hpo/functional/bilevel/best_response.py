@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_hpo.functional.bilevel.conditioning import encode_condition
+
 __all__ = [
     "Encoding",
     "encode",
@@ -107,8 +109,7 @@ def encode(raw: Tensor, encoding: Encoding = "cos_sin") -> Tensor:
         return raw
     if encoding != "cos_sin":
         raise ValueError(f"encoding must be 'cos_sin' or 'identity', got {encoding!r}")
-    angle = torch.sigmoid(raw) * (pi / 2)
-    return torch.cat([angle.cos(), angle.sin()], -1)
+    return encode_condition(torch.sigmoid(raw))
 
 
 def encoded_size(size: int, encoding: Encoding = "cos_sin") -> int:
