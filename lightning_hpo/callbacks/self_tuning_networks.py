@@ -56,6 +56,7 @@ class SelfTuning(MethodCallback):
         train_steps: Optimizer steps from one update of the hyperparameters to the next.
         valid_steps: Validation batches, each with an update, at a time.
         warmup_steps: Optimizer steps before the first update.
+        response_every: Optimizer steps from one second pass of ``"delta"`` to the next.
         scale: Standard deviation of the perturbation in units of raw values, one or by name.
         tune_scales: Whether the validation loss tunes it, too.
         entropy_weight: :math:`\tau`, what keeps a tuned scale from vanishing.
@@ -106,6 +107,7 @@ class SelfTuning(MethodCallback):
         train_steps: int = 5,
         valid_steps: int = 1,
         warmup_steps: int = 500,
+        response_every: int = 1,
         scale: float | dict[str, float] = 1.0,
         tune_scales: bool = True,
         entropy_weight: float = 1e-3,
@@ -125,6 +127,7 @@ class SelfTuning(MethodCallback):
         super().__init__()
         self.hypers, self.dropout = hypers, (dropout,) if isinstance(dropout, str) else tuple(dropout)
         self.mode, self.train_steps, self.valid_steps, self.warmup_steps = mode, train_steps, valid_steps, warmup_steps
+        self.response_every = response_every
         self.scale, self.tune_scales, self.entropy_weight = scale, tune_scales, entropy_weight
         self.per_batch, self.lr, self.max_change, self.encoding = tuple(per_batch), lr, max_change, encoding
         self.network, self.exclude, self.val_dataloader = network, tuple(exclude), val_dataloader
@@ -154,6 +157,9 @@ class SelfTuning(MethodCallback):
             f"train_steps must be a positive integer, got {self.train_steps!r}": _whole(self.train_steps, 1),
             f"valid_steps must be a positive integer, got {self.valid_steps!r}": _whole(self.valid_steps, 1),
             f"warmup_steps must be an integer of at least 0, got {self.warmup_steps!r}": _whole(self.warmup_steps, 0),
+            f"response_every must be a positive integer, got {self.response_every!r}": _whole(self.response_every, 1),
+            f"response_every={self.response_every} is for mode='delta'": self.mode == "delta"
+            or self.response_every == 1,
             f"lr must be positive, got {self.lr!r}": 0 < self.lr < math.inf,
             f"max_change must be positive, got {self.max_change!r}": self.max_change > 0,
             f"entropy_weight must be at least 0, got {self.entropy_weight!r}": 0 <= self.entropy_weight < math.inf,
@@ -332,7 +338,7 @@ class SelfTuning(MethodCallback):
         try:
             if self.mode == "stn":
                 training.perturb(batch)
-            else:
+            elif self._responds():
                 with torch.enable_grad():
                     training.respond(batch, 1 / trainer.accumulate_grad_batches)
         except (NoResponseError, NoLossError) as error:
@@ -341,6 +347,8 @@ class SelfTuning(MethodCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Steps the response, by the mean of all ranks' gradients."""
+        if not self._responds():
+            return
         own, (response, _) = self.response_optimizer, self._learner()
         if own is None:
             raise RuntimeError("training has not started")
@@ -361,6 +369,9 @@ class SelfTuning(MethodCallback):
         else:
             own.step()
             own.zero_grad()
+
+    def _responds(self) -> bool:
+        return self.mode == "stn" or self.steps % self.response_every == 0
 
     @override
     def on_train_batch_end(

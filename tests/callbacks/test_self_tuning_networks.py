@@ -286,6 +286,13 @@ def test_delta_leaves_the_training_of_the_network_as_it_was_bit_for_bit():
     assert passes == [(8,), ()] * 12
 
 
+def test_the_second_pass_may_be_left_out_now_and_then():
+    module = run(SelfTuning(response_every=3, **SOON))
+    passes = ["second" if seen["smooth"].ndim else "first" for seen in module.seen]
+    assert passes == (["second"] + ["first"] * 3) * 4
+    assert module.hypers["smooth"].item() != pytest.approx(0.3, abs=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["delta", "stn"])
 def test_the_network_that_is_left_is_the_one_that_was_validated(mode):
     callback = SelfTuning(mode=mode, warmup_steps=0, train_steps=1, lr=0.1)

@@ -65,6 +65,8 @@ def fit(callback=None, module=None, val="other", **arguments):
         ({"train_steps": 0}, "train_steps must be a positive integer, got 0"),
         ({"valid_steps": True}, "valid_steps must be a positive integer, got True"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
+        ({"response_every": 0}, "response_every must be a positive integer, got 0"),
+        ({"response_every": 2, "mode": "stn"}, "response_every=2 is for mode='delta'"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"max_change": 0.0}, "max_change must be positive, got 0.0"),
         ({"entropy_weight": -1.0}, "entropy_weight must be at least 0, got -1.0"),
