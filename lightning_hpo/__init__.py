@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.maid import ConvexHeadTuning
     from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
     from lightning_hpo.callbacks.report import HyperparameterReport
+    from lightning_hpo.callbacks.self_tuning_networks import SelfTuning
     from lightning_hpo.data import AdaptiveBatchSampler
     from lightning_hpo.functional.batching.learning_rate import (
         AdamSDE,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
     from lightning_hpo.models.maid import MAIDModule
+    from lightning_hpo.models.self_tuning_networks import SelfTuningMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
     from lightning_hpo.tuners.data_driven_tuning import TaskDistributionTuner
 
@@ -94,6 +96,8 @@ __all__ = [
     "SampleCosine",
     "SampleLR",
     "SampleLinear",
+    "SelfTuning",
+    "SelfTuningMixin",
     "SimiGrad",
     "Simplex",
     "SingleLoopHypergradient",
@@ -147,6 +151,8 @@ _HOME = {
     "SampleCosine": "functional.optim.sample_lr",
     "SampleLR": "functional.optim.sample_lr",
     "SampleLinear": "functional.optim.sample_lr",
+    "SelfTuning": "callbacks.self_tuning_networks",
+    "SelfTuningMixin": "models.self_tuning_networks",
     "SimiGrad": "functional.batching.policies",
     "Simplex": "hyper",
     "SingleLoopHypergradient": "callbacks.bo_rep",

@@ -254,6 +254,9 @@ class HyperparameterSet(nn.Module):
     Args:
         domains: A domain by name.
 
+    Attributes:
+        read: Names that somebody has asked for.
+
     Raises:
         ValueError: If there is none.
 
@@ -272,9 +275,37 @@ class HyperparameterSet(nn.Module):
             raise ValueError("HyperparameterSet needs at least one domain, for example `decay=Positive(0.1)`")
         self.domains = domains
         self.raw = nn.ParameterDict({name: nn.Parameter(domain.raw(domain.init)) for name, domain in domains.items()})
+        self._instead: dict[str, Tensor] = {}
+        self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return self._instead[name] if name in self._instead else self._value(name)
+
+    def _value(self, name: str) -> Tensor:
         return self.domains[name].value(self.raw[name])
+
+    def replace(self, **values: Tensor) -> None:
+        """Makes ``hypers[name]`` something else for a while, such as one value for each example of a batch.
+
+        :meth:`values` and :meth:`numbers` go on telling what the hyperparameters are.
+
+        Args:
+            values: Values by name; without any, everything is as it was.
+
+        Raises:
+            ValueError: If a name is unknown.
+
+        Example:
+            >>> hypers = HyperparameterSet(dropout=UnitInterval(0.5))
+            >>> hypers.replace(dropout=torch.tensor([0.25, 0.75]))
+            >>> hypers["dropout"], hypers.numbers()
+            (tensor([0.2500, 0.7500]), {'dropout': 0.5})
+            >>> hypers.replace()
+        """
+        if unknown := [name for name in values if name not in self]:
+            raise ValueError(f"there are no hyperparameters {unknown}")
+        self._instead = values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.domains)
@@ -306,7 +337,7 @@ class HyperparameterSet(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """The values by name, detached."""
-        return {name: self[name].detach() for name in self}
+        return {name: self._value(name).detach() for name in self}
 
     def numbers(self) -> dict[str, float | list[float]]:
         """The values by name on the host, flattened to lists where they are not scalars."""
@@ -319,13 +350,13 @@ class HyperparameterSet(nn.Module):
         domain = self.domains[name]
         if not isinstance(domain, Choice):
             raise ValueError(f"`{name}` is a {type(domain).__name__}, not a Choice")
-        return domain.option(self[name])
+        return domain.option(self._value(name))
 
     def _accumulate(self, name: str, grad: Tensor | float) -> None:
         raw = self.raw[name]
         # Lightning's validation hooks run without gradients; here they are needed.
         with torch.inference_mode(False), torch.enable_grad():
-            value = self[name]
+            value = self._value(name)
             grad = torch.as_tensor(grad).detach().clone().to(value)
             (pulled,) = torch.autograd.grad(value, raw, grad)
         raw.grad = pulled if raw.grad is None else raw.grad + pulled

@@ -15,6 +15,7 @@ from lightning_hpo import (
     MethodCallback,
     MicroBatchFinder,
     NormTest,
+    SelfTuning,
     SingleLoopHypergradient,
     TokenCompression,
     UnitInterval,
@@ -91,6 +92,17 @@ class Smoothed(TinyClassifier):
         return (1 - share) * right - share * logits.log_softmax(1).mean()
 
 
+class SmoothedEach(Smoothed):
+    """A loss with a hyperparameter that may differ between examples."""
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        logits = self(images)
+        share = self.hypers["smoothing"]
+        right = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return ((1 - share) * right - share * logits.log_softmax(1).mean(1)).mean()
+
+
 HEAD = {"every_n_steps": 2, "steps": 2, "log_l2": 0.0, "bounds": (-2.0, 6.0), "solver": "fista"}
 HEAD |= {"maid_args": {"kappa": 1e-6}}
 ONCE = "it searches once, before training, and nothing moves afterwards; its own tests look at this"
@@ -126,6 +138,18 @@ CASES = [
         "bo_rep",
         lambda: SingleLoopHypergradient(every_n_steps=1, refine_steps=0, lr=10.0, z_lr=0.1, normalize=False),
         Smoothed,
+    ),
+    Case(
+        "SelfTuning-delta",
+        "self_tuning_networks",
+        lambda: SelfTuning(warmup_steps=0, train_steps=2, lr=0.05),
+        SmoothedEach,
+    ),
+    Case(
+        "SelfTuning-stn",
+        "self_tuning_networks",
+        lambda: SelfTuning(mode="stn", warmup_steps=0, train_steps=1, lr=0.05),
+        SmoothedEach,
     ),
     Case("TokenCompression-pairs", "diffrate", lambda: TokenCompression(target=0.7, lr=0.3, matching="bipartite")),
     # Batches double up to the cap, so that one process, two ranks and two micro-batches lay out the same batches.

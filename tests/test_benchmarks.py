@@ -27,6 +27,7 @@ def test_there_is_a_script_for_each_question():
         "maid_quality",
         "micro_batch_cost",
         "rate_learning_step",
+        "self_tuning_networks",
         "survival_mask",
         "task_distribution",
         "token_compression_quality",

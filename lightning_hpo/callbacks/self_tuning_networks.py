@@ -1,0 +1,502 @@
+"""Self-tuning networks as a callback: regularisation follows the validation loss through weights that respond to it."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_hpo import distributed
+from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.functional.bilevel.best_response import Encoding
+from lightning_hpo.held_out import HeldOutBatches
+from lightning_hpo.hyper import HyperparameterSet, Interval
+from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
+from lightning_hpo.nn.self_tuning_networks import BestResponse, convert
+from lightning_hpo.nn.self_tuning_regularisers import dropout_layers, tune_dropout
+from lightning_hpo.perturbation import Perturbation
+from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share
+from lightning_hpo.response_training import Mode, NoResponseError, ResponseTraining
+from lightning_hpo.validation_loader import validation_loader
+
+__all__ = ["SelfTuning"]
+
+_USELESS = 10  # validation losses in a row that are not finite, after which training ends
+
+
+class SelfTuning(MethodCallback):
+    r"""Tunes dropout, augmentation and other regularisation online, through weights that respond to it (STN, Δ-STN).
+
+    In training each example sees hyperparameters of its own, drawn around the present ones, and the network's linear
+    layers, convolutions, embeddings and LSTMs learn how their weights respond. Every so many steps the present
+    hyperparameters follow the gradient of the validation loss *through that response*; they may be anything that the
+    training step reads, differentiable or not, whole numbers among them.
+
+    What is tuned: a :class:`~lightning_hpo.HyperparameterSet` that ``training_step`` reads, as an attribute of the
+    module or given as ``hypers``, for example in layers such as
+    :class:`~lightning_hpo.nn.self_tuning_regularisers.TunedDropout`; and rates of the network's own dropout layers,
+    named by ``dropout``. While a batch is trained on, ``hypers[name]`` is one value for each example.
+
+    The network stays yours: layers change their class while the fit lasts, the response belongs to this callback, which
+    steps it by an optimizer like yours, and your optimizer, checkpoints and ``global_step`` are what they were.
+
+    Args:
+        hypers: Hyperparameters that the training step reads, where they are no attribute of the module.
+        dropout: Patterns of names of ``torch.nn.Dropout`` layers; layers of one pattern share a rate, from 0 to 0.95.
+        mode: ``"delta"`` (Δ-STN): your training step learns the weights for the present hyperparameters, and a second
+            pass a batch learns the response, in the network linearised at them. ``"stn"``: one pass for both.
+        train_steps: Optimizer steps from one update of the hyperparameters to the next.
+        valid_steps: Validation batches, each with an update, at a time.
+        warmup_steps: Optimizer steps before the first update.
+        response_every: Optimizer steps from one second pass of ``"delta"`` to the next.
+        scale: Standard deviation of the perturbation in units of raw values, one or by name.
+        tune_scales: Whether the validation loss tunes it, too.
+        entropy_weight: :math:`\tau`, what keeps a tuned scale from vanishing.
+        per_batch: Names of hyperparameters that are the same for all examples of a batch.
+        lr: Learning rate of hyperparameters and scales.
+        hyper_optimizer: Makes their optimizer from them; RMSprop with ``lr`` by default.
+        response_optimizer: Makes the response's optimizer from its parameters; by default one like yours, whose
+            learning rate follows that of your first group.
+        max_change: Largest change of a raw value in an update.
+        encoding: What the hyper-network sees: ``"cos_sin"`` has the same length for all hyperparameters, ``"identity"``
+            is the papers'.
+        network: Name of the part that predicts, and is converted; found by itself.
+        exclude: Patterns of names of layers that do not respond.
+        val_dataloader: Where validation batches come from; the validation data of the fit by default.
+        train_loss: A function ``(module, batch)`` for the second pass; ``training_step`` by default.
+        val_loss: A function ``(module, batch)``, or the name under which ``validation_step`` logs the loss; by default
+            the module's ``outer_loss(batch)``, what ``validation_step`` returns, or what it logs as ``val_loss``.
+        seed: Decides perturbations, and the first response.
+
+    Raises:
+        ValueError: If an argument is wrong.
+        MisconfigurationException: In ``setup`` or when training starts, if there is nothing to tune, nothing that can
+            respond, or nothing to score it with; says what to change.
+
+    References:
+        MacKay, Vicol, Lorraine, Duvenaud and Grosse, "Self-Tuning Networks", ICLR 2019; Bae and Grosse, "Delta-STN",
+        NeurIPS 2020; Gonzalez Ortiz, Guttag and Dalca, "Magnitude Invariant Parametrizations", ICLR 2024 (encoding).
+
+    Example:
+        >>> from lightning_hpo.testing import TinyClassifier, TinyImages, tiny_trainer
+        >>> tuning = SelfTuning(dropout=("*mlp*",), warmup_steps=2, train_steps=2)
+        >>> tiny_trainer(tuning, max_steps=6).fit(TinyClassifier(), TinyImages())
+        >>> list(tuning.hyperparameters())
+        ['*mlp*', 'scale.*mlp*']
+    """
+
+    KNOB: ClassVar[str] = "regularisation and augmentation strengths, whole numbers too, and their schedules"
+    _STATE = (
+        *("hypers", "rates", "perturbation", "response", "optimizer", "response_optimizer", "held_out"),
+        *("steps", "updates", "useless"),
+    )
+
+    def __init__(
+        self,
+        hypers: HyperparameterSet | None = None,
+        dropout: Sequence[str] = (),
+        mode: Mode = "delta",
+        train_steps: int = 5,
+        valid_steps: int = 1,
+        warmup_steps: int = 500,
+        response_every: int = 1,
+        scale: float | dict[str, float] = 1.0,
+        tune_scales: bool = True,
+        entropy_weight: float = 1e-3,
+        per_batch: Sequence[str] = (),
+        lr: float = 1e-2,
+        hyper_optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        response_optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        max_change: float = 0.5,
+        encoding: Encoding = "cos_sin",
+        network: str | None = None,
+        exclude: Sequence[str] = (),
+        val_dataloader: Iterable[Any] | None = None,
+        train_loss: ModuleLoss | None = None,
+        val_loss: ModuleLoss | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.hypers, self.dropout = hypers, (dropout,) if isinstance(dropout, str) else tuple(dropout)
+        self.mode, self.train_steps, self.valid_steps, self.warmup_steps = mode, train_steps, valid_steps, warmup_steps
+        self.response_every = response_every
+        self.scale, self.tune_scales, self.entropy_weight = scale, tune_scales, entropy_weight
+        self.per_batch, self.lr, self.max_change, self.encoding = tuple(per_batch), lr, max_change, encoding
+        self.network, self.exclude, self.val_dataloader = network, tuple(exclude), val_dataloader
+        self.train_loss, self.val_loss, self.seed = train_loss, val_loss, seed
+        self._make_hyper, self._make_response = hyper_optimizer, response_optimizer
+        if problems := self._argument_problems():
+            raise ValueError(f"`SelfTuning`: {'; '.join(problems)}.")
+        self.rates: HyperparameterSet | None = None  # of the network's own dropout layers
+        self.perturbation: Perturbation | None = None
+        self.response: BestResponse | None = None
+        self.optimizer: Optimizer | None = None
+        self.response_optimizer: Optimizer | None = None
+        self.held_out = HeldOutBatches()
+        self.steps = self.updates = self.useless = 0
+        self._sets: dict[str, HyperparameterSet] = {}
+        self._training: ResponseTraining | None = None
+        self._hidden = HiddenParameters()
+        self._swapped: tune_dropout | None = None
+        self._hook: Any = None
+        self._seen = self._window = 0
+
+    def _argument_problems(self) -> list[str]:
+        checks = {
+            f"mode must be 'delta' or 'stn', got {self.mode!r}": self.mode in ("delta", "stn"),
+            f"encoding must be 'cos_sin' or 'identity', got {self.encoding!r}": self.encoding
+            in ("cos_sin", "identity"),
+            f"train_steps must be a positive integer, got {self.train_steps!r}": _whole(self.train_steps, 1),
+            f"valid_steps must be a positive integer, got {self.valid_steps!r}": _whole(self.valid_steps, 1),
+            f"warmup_steps must be an integer of at least 0, got {self.warmup_steps!r}": _whole(self.warmup_steps, 0),
+            f"response_every must be a positive integer, got {self.response_every!r}": _whole(self.response_every, 1),
+            f"response_every={self.response_every} is for mode='delta'": self.mode == "delta"
+            or self.response_every == 1,
+            f"lr must be positive, got {self.lr!r}": 0 < self.lr < math.inf,
+            f"max_change must be positive, got {self.max_change!r}": self.max_change > 0,
+            f"entropy_weight must be at least 0, got {self.entropy_weight!r}": 0 <= self.entropy_weight < math.inf,
+        }
+        widths = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
+        checks[f"scale must be positive, got {self.scale!r}"] = all(0 < width < math.inf for width in widths)
+        return [problem for problem, holds in checks.items() if not holds]
+
+    # What has been learned
+
+    @override
+    def hyperparameters(self) -> dict[str, float | list[float]]:
+        """The values by name, and the scales of their perturbations."""
+        if self.perturbation is None:
+            return {} if self.hypers is None else dict(self.hypers.numbers())
+        scales = {f"scale.{name}": value.item() for name, value in self.perturbation.scales().items()}
+        return numbers(self._sets) | scales
+
+    # Around training
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Converts the network and takes the hyperparameters out of training's gradient."""
+        if stage != "fit":
+            return
+        self.refuse_sharded_strategy(trainer)
+        self.require_automatic_optimization(pl_module)
+        scored = self.val_loss is not None or callable(getattr(pl_module, "outer_loss", None))
+        problems = []
+        if not scored and not is_overridden("validation_step", pl_module):
+            problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
+        compiled = [n for n, m in pl_module.named_modules() if hasattr(m, "_orig_mod") or _is_compiled(m)]
+        if compiled:
+            problems.append(f"layers of compiled modules cannot change ({compiled}): compile after the fit.")
+        self.raise_all(problems)
+        network = self._find(pl_module)
+        self._sets = named_sets(pl_module, self.hypers)
+        self._add_rates(network)
+        if not self._sets:
+            self.raise_all(
+                [
+                    "there is nothing to tune: give the module a `HyperparameterSet` that its training step reads, or "
+                    "name dropout layers (`dropout=('*',)`)."
+                ]
+            )
+        try:
+            self._prepare(network)
+        except ValueError as error:
+            self._release()
+            self.raise_all([f"{error}."])
+        self._hidden.hide(raw for part in self._sets.values() for raw in part.parameters())
+
+    def _find(self, pl_module: LightningModule) -> nn.Module:
+        try:
+            return pl_module if self.network is None else pl_module.get_submodule(self.network)
+        except AttributeError:
+            named = sorted(name for name, _ in pl_module.named_children())
+            self.raise_all([f"network={self.network!r} is not in `{type(pl_module).__name__}`, which has {named}."])
+            raise
+
+    def _add_rates(self, network: nn.Module) -> None:
+        """Hyperparameters for the network's own dropout layers."""
+        if not self.dropout:
+            return
+        layers = dropout_layers(network)
+        chosen = {pattern: [name for name in layers if fnmatchcase(name, pattern)] for pattern in self.dropout}
+        if empty := [pattern for pattern, names in chosen.items() if not names]:
+            self.raise_all([f"no dropout layer is named like {empty}; there are {layers or 'none'}."])
+        keys = {pattern: pattern.replace(".", "/") for pattern in self.dropout}  # names of parameters have no dots
+        if self.rates is None or list(self.rates) != list(keys.values()):
+            first = {p: _rate_of(network.get_submodule(names[0])) for p, names in chosen.items()}
+            self.rates = HyperparameterSet(**{keys[p]: Interval(rate, 0.0, 0.95) for p, rate in first.items()})
+        rates = self.rates
+        getters: dict[str, Any] = {}
+        for pattern, names in chosen.items():
+            for name in names:
+                getters.setdefault(name, lambda key=keys[pattern]: rates[key])
+        self._swapped = tune_dropout(network, getters)
+        self._sets["dropout" if self._sets else ""] = rates
+
+    def _prepare(self, network: nn.Module) -> None:
+        perturbation = Perturbation(self._sets, self.scale, self.per_batch, self.encoding)
+        before = self.perturbation
+        if before is None or [id(p) for p in before.raw_parameters()] != [id(p) for p in perturbation.raw_parameters()]:
+            self.perturbation, self.optimizer = perturbation, None
+        self.response = convert(network, perturbation.inputs, exclude=self.exclude, seed=self.seed)
+        self.response_optimizer, self.steps, self.updates, self.useless = None, 0, 0, 0
+        if self.mode == "stn":  # whoever reads the file gets the weights that are in force
+            self.response.keeps_general = True
+            # A function of its own, because torch leaves a note on it.
+            self._hook = network.register_state_dict_post_hook(lambda *args: self._fold_into(*args))
+
+    def _fold_into(self, _network: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        resting = self._training.resting() if self._training is not None else None
+        if self.response is not None and resting is not None:
+            with torch.no_grad():
+                folded = self.response.folded(resting)
+            state.update({f"{prefix}{name}": value for name, value in folded.items()})
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves what is learned to the device, alike on all ranks, and gets ready for the first validation."""
+        response, perturbation = self._learner()
+        for part in (*self._sets.values(), perturbation, response):
+            part.to(pl_module.device)
+        share(self._sets)
+        for parameter in (*perturbation.parameters(), *response.parameters()):
+            parameter.data.copy_(distributed.broadcast(parameter.data))
+        context = trainer.precision_plugin.train_step_context
+        losses = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss, context)
+        full = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss)  # without autocast
+        name = response.common_part()
+        part = response.network.get_submodule(name) if self.network is None else response.network
+        self._training = ResponseTraining(response, perturbation, losses, self.mode, part, self.seed, full)
+        self._training.settle()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the optimizers and attaches the validation data."""
+        response, perturbation = self._learner()
+        trained = {id(p) for p in response.general().values()}
+        if not any(id(p) in trained for o in trainer.optimizers for group in o.param_groups for p in group["params"]):
+            self.raise_all(["no optimizer steps the converted layers; return one from `configure_optimizers`."])
+        if self.optimizer is None:
+            tuned: list[Tensor] = list(perturbation.raw_parameters())
+            tuned += [perturbation.scale] if self.tune_scales else []
+            make = self._make_hyper or (lambda raws: torch.optim.RMSprop(raws, lr=self.lr))
+            self.optimizer = make(tuned)
+        self.response_optimizer = self._response_optimizer(trainer.optimizers[0], response)
+        self.restore_pending()
+        for optimizer in (self.optimizer, self.response_optimizer):
+            optimizer.load_state_dict(optimizer.state_dict())  # takes restored moments to where the parameters are
+        self._attach_data(trainer)
+        self._seen, self._window = trainer.global_step, 0
+        for part in self._sets.values():
+            part.read.clear()
+
+    def _response_optimizer(self, theirs: Optimizer, response: BestResponse) -> Optimizer:
+        named = list(response.named_parameters())
+        if self._make_response is not None:
+            return self._make_response([p for _, p in named])
+        kind: Any = type(theirs)
+        accepted = inspect.signature(kind).parameters
+        first = theirs.param_groups[0]
+        settings = {name: first.get(name, value) for name, value in theirs.defaults.items() if name in accepted}
+        # Decay of the gates would be decay of the response, whatever the hyperparameters.
+        gates = [p for name, p in named if name.endswith("gate")]
+        groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not name.endswith("gate")]}]
+        groups.append({"params": gates} | ({"weight_decay": 0.0} if "weight_decay" in settings else {}))
+        try:
+            return kind(groups, **settings)
+        except (TypeError, ValueError) as error:
+            self.raise_all([f"no second `{kind.__name__}` could be made ({error}); give `response_optimizer`."])
+            raise
+
+    def _attach_data(self, trainer: Trainer) -> None:
+        try:
+            loader: Any = validation_loader(trainer) if self.val_dataloader is None else self.val_dataloader
+            self.held_out.attach(loader)
+        except ValueError as error:
+            self.raise_all([f"{str(error).rstrip('.')}."])
+            raise
+        training = getattr(trainer.train_dataloader, "dataset", None)
+        if training is not None and getattr(loader, "dataset", None) is training:
+            rank_zero_warn("`SelfTuning`: the validation data are the training data: no regularisation is best there.")
+
+    # Every step
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Perturbs the hyperparameters of the batch, or learns the response to them on it."""
+        training = self._loop()
+        if not self._window:
+            training.noise.begin(self.steps)
+        self._window += 1
+        try:
+            if self.mode == "stn":
+                training.perturb(batch)
+            elif self._responds():
+                with torch.enable_grad():
+                    training.respond(batch, 1 / trainer.accumulate_grad_batches)
+        except (NoResponseError, NoLossError) as error:
+            self.raise_all([f"{error}."])
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Steps the response, by the mean of all ranks' gradients."""
+        if not self._responds():
+            return
+        own, (response, _) = self.response_optimizer, self._learner()
+        if own is None:
+            raise RuntimeError("training has not started")
+        parameters = list(response.parameters())
+        if all(p.grad is None for p in parameters):
+            self.raise_all(["the training loss does not depend on the converted layers."])
+        distributed.mean_gradients(parameters)
+        if self.mode == "stn":  # these come from the user's backward pass, scaled like it
+            self.unscale_own(trainer, own)
+        if (most := trainer.gradient_clip_val) is not None:
+            clip = nn.utils.clip_grad_value_ if trainer.gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+            clip(parameters, most)
+        if self._make_response is None:
+            for group in own.param_groups:
+                group["lr"] = optimizer.param_groups[0]["lr"]
+        if self.mode == "stn":
+            self.step_own(trainer, own)
+        else:
+            own.step()
+            own.zero_grad()
+
+    def _responds(self) -> bool:
+        return self.mode == "stn" or self.steps % self.response_every == 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Updates the hyperparameters, if an optimizer step was taken and it is time."""
+        training = self._loop()
+        training.settle()
+        if trainer.global_step == self._seen:
+            return
+        self._seen = trainer.global_step
+        self.steps += 1
+        if self.steps == 1:
+            self._refuse_unread()
+        after = self.steps - self.warmup_steps
+        if after > 0 and after % self.train_steps == 0:
+            for _ in range(self.valid_steps):
+                self._update(trainer, pl_module, training)
+            training.settle()
+        self._window = 0
+
+    def _refuse_unread(self) -> None:
+        unread = [name for part in self._sets.values() for name in part if name not in part.read]
+        if unread:
+            self.raise_all([f"the training step does not read {unread}; use them (`hypers[name]`), or leave them out."])
+
+    def _update(self, trainer: Trainer, pl_module: LightningModule, training: ResponseTraining) -> None:
+        drawn = [next(self.held_out) for _ in range(self._window)]  # as many as the step has micro-batches
+        held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
+        training.held_out_noise.begin(self.updates)
+        self.updates += 1
+        try:
+            loss, slope, widths = training.hypergradient(held_out, self.entropy_weight if self.tune_scales else None)
+        except (NoResponseError, NoLossError) as error:
+            self.raise_all([f"{error}."])
+            raise
+        parts = torch.cat([loss.view(1), slope, *([] if widths is None else [widths])])
+        if bool(parts.isfinite().all()):  # the one number that the host waits for
+            self.useless = 0
+            self._step(slope, widths)
+        else:
+            self._skip()
+        perturbation = training.perturbation
+        scales = {f"scale.{name}": value for name, value in perturbation.scales().items()}
+        values = {name: _mean(value) for name, value in numbers(self._sets).items()}
+        entropy = perturbation.entropy().detach()
+        self.log_values(pl_module, {**values, **scales, "held_out_loss": loss, "entropy": entropy})
+
+    def _step(self, slope: Tensor, widths: Tensor | None) -> None:
+        _, perturbation = self._learner()
+        if self.optimizer is None:
+            raise RuntimeError("training has not started")
+        before = perturbation.raw().detach().clone()
+        for columns, raw in zip(perturbation.columns.values(), perturbation.raw_parameters(), strict=True):
+            raw.grad = slope[columns].view_as(raw).to(raw.dtype)
+        if widths is not None:
+            perturbation.scale.grad = widths.to(perturbation.scale.dtype)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        perturbation.confine(before, self.max_change)
+
+    def _skip(self) -> None:
+        self.useless += 1
+        if self.useless == _USELESS:
+            self.raise_all([f"{_USELESS} validation losses in a row were not finite; look at the loss."])
+        rank_zero_warn("A validation loss or its gradient was not finite; the hyperparameters stay what they are.")
+
+    # The end
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says if nothing was tuned."""
+        if 0 < self.steps < self.warmup_steps + self.train_steps:
+            rank_zero_warn(
+                f"`SelfTuning`: training ended after {self.steps} steps, before the first update "
+                f"(`warmup_steps={self.warmup_steps}`, `train_steps={self.train_steps}`): nothing was tuned."
+            )
+        self.held_out.detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the network back as an ordinary one, with the weights for the hyperparameters that were found."""
+        if stage == "fit":
+            self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives everything back: neither the end of training nor teardown follows an exception."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        if self._training is not None:
+            self._training.settle()
+        if self.response is not None:
+            self.response.revert(self._training.resting() if self._training is not None else None)
+        if self._swapped is not None:
+            self._swapped.undo()
+        self._hidden.show()
+        self.held_out.detach()
+        self.response = self._training = self._swapped = self._hook = None
+
+    def _learner(self) -> tuple[BestResponse, Perturbation]:
+        if self.response is None or self.perturbation is None:
+            raise RuntimeError("`setup` has not been called")
+        return self.response, self.perturbation
+
+    def _loop(self) -> ResponseTraining:
+        if self._training is None:
+            raise RuntimeError("training has not started")
+        return self._training
+
+
+def _rate_of(layer: Any) -> float:
+    return min(layer.p, 0.9) or 0.05
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _mean(value: float | list[float]) -> float:
+    return value if isinstance(value, float) else sum(value) / len(value)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
