@@ -17,6 +17,7 @@ def test_there_is_a_script_for_each_question():
         "adaptive_loader",
         "bo_rep",
         "data_driven_tuning",
+        "denoising",
         "gradient_statistics",
         "hypergradient_cost",
         "hypergradient_tasks",

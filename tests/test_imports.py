@@ -68,7 +68,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "validation_loader": (TORCH | {"lightning"}, L0),
     "whole_data": (TORCH, (*L0, "distributed")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
-    "models": (LIGHTNING, (*L0, *L1, "callbacks")),
+    "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),
     "cli": (ANYTHING, ANYTHING),

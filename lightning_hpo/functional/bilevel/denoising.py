@@ -104,17 +104,18 @@ class Experts(NamedTuple):
 class FieldOfExperts:
     r"""A field of experts: K filters, each with a weight and a smoothing, all of which are learned.
 
-    .. math:: R(x, \theta) = e^{\theta_0} \sum_{k=1}^K e^{\theta_k} \sum_p \sqrt{(c_k * x)_p^2 + \nu_k^2}
+    .. math:: R(x, \theta) = \sum_{k=1}^K w_k \sum_p \sqrt{(c_k * x)_p^2 + \nu_k^2}
 
-    with :math:`\nu_k = e^{\theta_{K + k}}`. The rest of :math:`\theta` are the filters' coefficients in the orthonormal
-    cosine basis. Without the constant of that basis filters do not see brightness, which a change of any filter's mean
-    would be far more sensitive to than to all else. The sum is over windows that lie within the image.
+    The first K parameters are :math:`\log w_k`, the next K :math:`\log \nu_k`, the rest coefficients of the filters in
+    :func:`cosine_filters` without the constant one. The sum is over windows that lie within the image.
+
+    The paper's filters may have a mean, and a weight of all filters comes besides. Both are directions in which the
+    loss is far steeper than in all others, so that steps are short: ``free=True`` is for comparison.
 
     Args:
         count: K.
         size: Side of the filters.
-        mean_zero: Whether the basis goes without its constant. The paper's filters are free: 48 of size 7 have 2449
-            parameters then, 2401 otherwise.
+        free: Whether filters may have a mean, and the first parameter is the logarithm of a factor of all weights.
 
     Raises:
         ValueError: If a number is out of range.
@@ -124,7 +125,7 @@ class FieldOfExperts:
         IEEE Trans. Image Process. 2014; Salehi et al., SIAM J. Math. Data Sci. 7(3), 2025, sec. 4.
 
     Example:
-        >>> FieldOfExperts(count=48, size=7, mean_zero=False).parameters
+        >>> FieldOfExperts(count=48, size=7, free=True).parameters  # as in the paper
         2449
         >>> experts = FieldOfExperts(count=2, size=3)
         >>> experts(torch.ones(1, 5, 5), experts.start(log_smoothing=-20.0)) < 1e-5
@@ -133,7 +134,7 @@ class FieldOfExperts:
 
     count: int = 24
     size: int = 5
-    mean_zero: bool = True
+    free: bool = False
 
     def __post_init__(self) -> None:
         checks = {"count": (self.count, 1), "size": (self.size, 2)}
@@ -144,12 +145,12 @@ class FieldOfExperts:
     @property
     def coefficients(self) -> int:
         """The number of coefficients of a filter."""
-        return self.size**2 - self.mean_zero
+        return self.size**2 - 1 + self.free
 
     @property
     def parameters(self) -> int:
         r"""The number of entries of :math:`\theta`."""
-        return 1 + self.count * (2 + self.coefficients)
+        return self.free + self.count * (2 + self.coefficients)
 
     def experts(self, theta: Tensor) -> Experts:
         r"""Weights, smoothings and filters.
@@ -165,14 +166,13 @@ class FieldOfExperts:
         """
         if tuple(theta.shape) != (self.parameters,):
             raise ValueError(f"theta must have shape ({self.parameters},), got {tuple(theta.shape)}")
-        overall, weights, smoothings, coefficients = theta.split(
-            [1, self.count, self.count, self.count * self.coefficients]
-        )
-        basis = cosine_filters(self.size)[self.mean_zero :].to(theta)
+        sizes = [int(self.free), self.count, self.count, self.count * self.coefficients]
+        overall, weights, smoothings, coefficients = theta.split(sizes)
+        basis = cosine_filters(self.size)[1 - self.free :].to(theta)
         filters = torch.einsum("kc,cij->kij", coefficients.view(self.count, -1), basis)
-        return Experts((overall + weights).exp(), smoothings.exp(), filters)
+        return Experts((weights + overall.sum()).exp(), smoothings.exp(), filters)
 
-    def start(self, log_weight: float = -5.0, log_smoothing: float = -5.0, dtype: torch.dtype | None = None) -> Tensor:
+    def start(self, log_weight: float = -5.0, log_smoothing: float = -6.0, dtype: torch.dtype | None = None) -> Tensor:
         r"""A :math:`\theta` to begin with: the cosine filters that are not constant, low frequencies first.
 
         Args:
@@ -188,9 +188,9 @@ class FieldOfExperts:
         """
         if self.count > self.size**2 - 1:
             raise ValueError(f"there are {self.size**2 - 1} cosine filters of size {self.size}, not {self.count}")
-        rows = torch.eye(self.coefficients)[0 if self.mean_zero else 1 :][: self.count]
-        scalars = [torch.zeros(1), torch.full((self.count,), log_weight), torch.full((self.count,), log_smoothing)]
-        return torch.cat([*scalars, rows.flatten()]).to(dtype or torch.get_default_dtype())
+        rows = torch.eye(self.coefficients)[int(self.free) :][: self.count]
+        scalars = [torch.full((self.count,), log_weight), torch.full((self.count,), log_smoothing)]
+        return torch.cat([torch.zeros(int(self.free)), *scalars, rows.flatten()]).to(dtype or rows.dtype)
 
     def __call__(self, x: Tensor, theta: Tensor) -> Tensor:
         r""":math:`R(x_i, \theta)`, shape ``(m,)``.
@@ -237,7 +237,10 @@ class FieldOfExperts:
 
 @lru_cache(maxsize=8)
 def cosine_filters(size: int) -> Tensor:
-    """The orthonormal cosine basis of filters, from low frequencies to high ones; the constant comes first.
+    """Orthogonal cosine filters, from low frequencies to high ones; the constant comes first.
+
+    Their lengths grow with the frequency, as the amplitudes in photographs fall with it: so all filters but the first
+    answer about alike, and a descent takes all of them alike. The mean square of these lengths is 1.
 
     Args:
         size: Side.
@@ -246,18 +249,23 @@ def cosine_filters(size: int) -> Tensor:
         Shape ``(size**2, size, size)`` in float64.
 
     References:
-        Ahmed, Natarajan, Rao, "Discrete Cosine Transform", 1974.
+        Ahmed, Natarajan, Rao, "Discrete Cosine Transform", 1974; Field, "Relations between the statistics of natural
+        images and the response properties of cortical cells", 1987, for the amplitudes.
 
     Example:
         >>> filters = cosine_filters(3).flatten(1)
-        >>> filters.shape, torch.allclose(filters @ filters.T, torch.eye(9, dtype=torch.float64))
-        (torch.Size([9, 9]), True)
+        >>> (filters @ filters.T).diagonal()[:4]
+        tensor([1.0000, 0.2667, 0.2667, 1.0667], dtype=torch.float64)
     """
     at = torch.arange(size, dtype=torch.float64)
     rows = torch.cos(math.pi / size * at[:, None] * (at + 0.5))
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     both = torch.einsum("ai,bj->abij", rows, rows).reshape(-1, size, size)
-    return both[torch.argsort((at[:, None] + at).flatten(), stable=True)]
+    order = torch.argsort((at[:, None] + at).flatten(), stable=True)
+    lengths = torch.hypot(at[:, None], at).flatten()[order]
+    lengths = lengths / lengths[1:].square().mean().sqrt()
+    lengths[0] = 1.0
+    return lengths[:, None, None] * both[order]
 
 
 def denoising_loss(x: Tensor, theta: Tensor, noisy: Tensor, regularizer: Regularizer) -> Tensor:
