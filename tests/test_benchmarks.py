@@ -23,6 +23,7 @@ def test_there_is_a_script_for_each_question():
         "hypergradient_tasks",
         "inference_speed",
         "layer_decay",
+        "maid_overhead",
         "maid_quality",
         "rate_learning_step",
         "survival_mask",
