@@ -105,6 +105,7 @@ def quadratic_rows(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, fl
     settings: dict[str, dict[str, Any]] = {
         "MAID, nu_bar 1.25": {"nu_bar": 1.25},
         "MAID, nu_bar 1.05": {},
+        "MAID, nu 0.25, nu_bar 1.1": {"nu": 0.25, "nu_bar": 1.1},
         "directions certified": {"check_descent": True},
         "accelerated": ACCELERATED,
         "fixed": {"accuracy": "fixed"},

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
     from lightning_hpo.models.maid import MAIDModule
+    from lightning_hpo.models.maid_per_sample import PerSampleMAIDModule
     from lightning_hpo.models.self_tuning_networks import SelfTuningMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
     from lightning_hpo.tuners.data_driven_tuning import TaskDistributionTuner
@@ -92,6 +93,7 @@ __all__ = [
     "NoiseScaleLR",
     "NormTest",
     "NormalizedMomentum",
+    "PerSampleMAIDModule",
     "Positive",
     "SampleCosine",
     "SampleLR",
@@ -146,6 +148,7 @@ _HOME = {
     "NoiseScaleLR": "functional.batching.learning_rate",
     "NormTest": "functional.batching.policies",
     "NormalizedMomentum": "functional.optim.normalized_momentum",
+    "PerSampleMAIDModule": "models.maid_per_sample",
     "PUBLISHED_SCHEDULES": "functional.compression.schedule",
     "Positive": "hyper",
     "SampleCosine": "functional.optim.sample_lr",

@@ -70,7 +70,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "perturbation": (TORCH, (*L0, "distributed", "hyper")),
     "response_training": (TORCH, (*L0, "distributed", "module_losses", "perturbation")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
-    "models": (LIGHTNING, (*L0, *L1, "callbacks")),
+    "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),
     "demos": (ANYTHING, (*L0, *L1, "callbacks", "models", "demos")),
     "cli": (ANYTHING, ANYTHING),

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_hpo.demos.denoising_data import DenoisingDataModule, PhotoDenoisingDataModule
     from lightning_hpo.demos.image_classifier import ImageClassifier
     from lightning_hpo.demos.image_data import DigitsDataModule, ImageDataModule
     from lightning_hpo.demos.image_files import (
@@ -16,23 +17,27 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CIFAR10DataModule": "image_files",
+    "DenoisingDataModule": "denoising_data",
     "DigitsDataModule": "image_data",
     "FashionMNISTDataModule": "image_files",
     "ImageClassifier": "image_classifier",
     "ImageDataModule": "image_data",
     "ImageFolderDataModule": "image_files",
     "MNISTDataModule": "image_files",
+    "PhotoDenoisingDataModule": "denoising_data",
     "SST2DataModule": "text_data",
 }
 
 __all__ = [
     "CIFAR10DataModule",
+    "DenoisingDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageClassifier",
     "ImageDataModule",
     "ImageFolderDataModule",
     "MNISTDataModule",
+    "PhotoDenoisingDataModule",
     "SST2DataModule",
 ]
 

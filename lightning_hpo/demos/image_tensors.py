@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["ImageTensors", "data_root", "random_flip", "random_shift", "read_folder", "stratified_split"]
+__all__ = ["SUFFIXES", "ImageTensors", "data_root", "random_flip", "random_shift", "read_folder", "stratified_split"]
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def data_root(root: str | Path | None) -> Path:
@@ -181,7 +181,7 @@ def read_folder(folder: Path, size: int | None = None, limit: int | None = None)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in _SUFFIXES)[:limit]
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)[:limit]
         paths += found
         labels += [label] * len(found)
     if not paths:

@@ -1,12 +1,9 @@
 """Bilevel problems that are the model: a LightningModule whose training steps are those of MAID."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -14,12 +11,13 @@ from lightning_hpo import distributed
 from lightning_hpo.functional.bilevel.lower_problem import Constant, LowerProblem, LowerSolver
 from lightning_hpo.functional.bilevel.lower_solvers import fista
 from lightning_hpo.functional.bilevel.maid import MAID, BilevelProblem, MAIDState
-from lightning_hpo.whole_data import batch_length, whole_data
+from lightning_hpo.models.maid_loop import MAIDLoop
+from lightning_hpo.whole_data import batch_length
 
 __all__ = ["MAIDModule"]
 
 
-class MAIDModule(LightningModule):
+class MAIDModule(MAIDLoop):
     r"""Solves :math:`\min_\theta g(\hat x(\theta))` with :math:`\hat x(\theta) = \arg\min_x h(x, \theta)` on data.
 
     h is the mean of ``lower_loss`` over the whole training set and g that of ``upper_loss`` over the whole validation
@@ -79,16 +77,13 @@ class MAIDModule(LightningModule):
         problem_args: dict[str, Any] | None = None,
         **maid_args: Any,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(theta0)
         self.lower_loss, self.upper_loss = lower_loss, upper_loss
-        # Parameters, so that DistributedDataParallel accepts the module; nothing is ever backpropagated into them.
-        self.x, self.theta = nn.Parameter(x0.detach().clone()), nn.Parameter(theta0.detach().clone())
+        self.x = nn.Parameter(x0.detach().clone())
         self._batches: dict[str, list[tuple[float, Any]]] = {}
         lower = LowerProblem(self._lower, mu, smoothness, reduce=distributed.mean)
         problem = BilevelProblem(lower, self._upper, upper_smoothness, convex_upper, **(problem_args or {}))
         self.maid = MAID(problem, solver=solver, **maid_args)
-        self.state: MAIDState | None = None
 
     def _lower(self, x: Tensor, theta: Tensor) -> Tensor:
         return torch.stack([share * self.lower_loss(x, theta, batch) for share, batch in self._batches["train"]]).sum()
@@ -97,17 +92,12 @@ class MAIDModule(LightningModule):
         return torch.stack([share * self.upper_loss(x, batch) for share, batch in self._batches["val"]]).sum()
 
     @override
-    def setup(self, stage: str) -> None:
-        """Refuses strategies that shard parameters."""
-        if stage == "fit":
-            self.state = None  # a checkpoint is read after this
-            if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-                name = type(self.trainer.strategy).__name__
-                raise MisconfigurationException(f"`MAIDModule` runs on one device or under DDP, not under `{name}`.")
+    def read_data(self) -> list[str]:
+        """Reads training and validation data.
 
-    @override
-    def on_train_start(self) -> None:
-        """Reads the data and begins, or goes on."""
+        Returns:
+            What is wrong with them.
+        """
         if self.trainer.val_dataloaders is None:
             self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders: dict[str, Any] = {"train": self.trainer.train_dataloader, "val": self.trainer.val_dataloaders}
@@ -115,71 +105,29 @@ class MAIDModule(LightningModule):
         for kind, loader in loaders.items():
             single = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
             try:
-                self._batches[kind] = self._read(single)
+                batches = self.read_batches(single)
+                whole = sum(length for length, _ in batches)
+                self._batches[kind] = [(length / whole, batch) for length, batch in batches]
             except ValueError as error:
                 problems.append(f"{kind} data: {error}")
-        if problems:
-            raise MisconfigurationException(f"`MAIDModule`: {'; '.join(problems)}.")
-        if self.state is None:
-            self.state = self.maid.init(self.theta, self.x)
-
-    def _read(self, loader: Iterable[Any]) -> list[tuple[float, Any]]:
-        """Batches with their shares of this rank's samples."""
-        batches = [self.trainer.strategy.batch_to_device(batch, self.device) for batch in whole_data(loader)]
-        lengths = [batch_length(batch) for batch in batches]
-        return [(length / sum(lengths), batch) for length, batch in zip(lengths, batches, strict=True)]
+        return problems
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One outer iteration on all data."""
-        if self.state is None:
-            raise RuntimeError("training has not started")
-        self.state = state = self.maid.step(self.state)
-        with torch.no_grad():
-            self.x.copy_(state.x)
-            self.theta.copy_(state.theta)
-        self.optimizers().step()  # type: ignore[union-attr]  # there are no gradients: it counts the step
-        self.log_dict(
-            {
-                "maid/lower": state.lower,
-                "maid/upper": state.upper,
-                "maid/gradient_norm": state.gradient_norm,
-                "maid/eps": state.eps,
-                "maid/delta": state.delta,
-                "maid/step_size": state.step_size,
-                "maid/lower_iterations": float(state.lower_iterations),
-                "maid/cg_iterations": float(state.cg_iterations),
-                "maid/failures": float(state.failures),
-            }
-        )
-        if state.status != "running":
-            self.trainer.should_stop = True
+    def first_x(self) -> Tensor:
+        """The parameter ``x``."""
+        return self.x
+
+    @override
+    def publish(self, state: MAIDState) -> None:
+        """Writes theta and x into the parameters.
+
+        Args:
+            state: The new one.
+        """
+        super().publish(state)
+        self.x.copy_(state.x)
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The upper loss of the batch at the present x, as ``val_loss``."""
         self.log("val_loss", self.upper_loss(self.x, batch), sync_dist=True, batch_size=batch_length(batch))
-
-    @override
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One that never has a gradient to follow."""
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds where MAID stands, in plain types."""
-        checkpoint["maid"] = None if self.state is None else self.state.state_dict()
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on from there.
-
-        Raises:
-            MisconfigurationException: If the checkpoint is another module's.
-        """
-        if "maid" not in checkpoint:
-            raise MisconfigurationException("the checkpoint was not written by a `MAIDModule`: it has no entry 'maid'.")
-        saved = checkpoint["maid"]
-        if saved is not None:
-            moved = {k: v.to(self.x.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
-            self.state = MAIDState.from_state_dict(moved)

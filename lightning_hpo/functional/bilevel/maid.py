@@ -1,6 +1,5 @@
 """Method of Adaptive Inexact Descent: bilevel optimization that chooses its step and its accuracies itself."""
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,9 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_hpo.functional.bilevel.lower_problem import LowerProblem, LowerSolution, LowerSolver
+from lightning_hpo.functional.bilevel.lower_problem import LowerProblem, LowerSolver
 from lightning_hpo.functional.bilevel.lower_solvers import fista
-from lightning_hpo.functional.bilevel.maid_bounds import decrease_gap
 from lightning_hpo.functional.bilevel.maid_evaluation import Evaluation
 from lightning_hpo.functional.bilevel.maid_hypergradient import (
     InexactHypergradient,
@@ -18,15 +16,14 @@ from lightning_hpo.functional.bilevel.maid_hypergradient import (
     estimated_constants,
     inexact_hypergradient,
 )
+from lightning_hpo.functional.bilevel.maid_line_search import LineSearch
 from lightning_hpo.functional.bilevel.maid_problem import BilevelProblem
 from lightning_hpo.functional.bilevel.maid_settings import Accuracy, argument_problems, start_problems, tightening
 from lightning_hpo.functional.bilevel.maid_state import MAIDState
 
 __all__ = ["MAID", "BilevelProblem", "LowerProblem", "MAIDState"]
 
-_REFERENCE = 0.85  # weight of the past in the non-monotone reference
 _CONSTANTS = ("upper_smoothness", "cross_lipschitz", "inverse_lipschitz")
-_STEPS = (1e-12, 1e12)  # of Barzilai and Borwein
 
 
 class MAID:
@@ -123,16 +120,16 @@ class MAID:
         self.problem, self.accuracy = problem, accuracy
         self.evaluation = Evaluation(problem, solver, certify, bounds, lower_maxiter)
         self.eps0, self.delta0, self.alpha0 = eps0, delta0, alpha0
-        self.rho, self.rho_bar, self.eta, self.lam, self.kappa = rho, rho_bar, eta, lam, kappa
+        self.search = LineSearch(self.evaluation, rho, rho_bar, lam, bb_init, nonmonotone)
+        self.eta, self.kappa, self.cg_maxiter = eta, kappa, cg_maxiter
         self.nu, self.nu_bar = 0.5 if nu is None else nu, 1.05 if nu_bar is None else nu_bar
         self.max_backtracks, self.check_descent, self.tolerance = max_backtracks, check_descent, tolerance
-        self.bb_init, self.nonmonotone, self.cg_maxiter = bb_init, nonmonotone, cg_maxiter
         self.allow_low_precision = allow_low_precision
 
     @property
     def certified(self) -> bool:
         """Whether accepted steps certainly lower the true loss: all constants that this needs are given."""
-        return self.evaluation.certify and self.problem.certified and not self.nonmonotone
+        return self.evaluation.certify and self.problem.certified and not self.search.nonmonotone
 
     def init(self, theta: Tensor, x: Tensor) -> MAIDState:
         r"""The first state.
@@ -224,7 +221,7 @@ class MAID:
             state, found = self._inexact_gradient(state, before.x)
             if state.status != "running":
                 return replace(state, iteration=state.iteration + 1)
-            state, accepted = self._line_search(state, found.z, budget)
+            state, accepted = self.search(state, found.z, budget)
             if accepted or self.accuracy not in ("adaptive", "fixed"):
                 break  # an accuracy that was laid down beforehand gets finer without a step, too
             if self.accuracy == "fixed" or self.evaluation.at_floor(state):
@@ -297,59 +294,6 @@ class MAID:
         sure = bool((z.abs() > (state.omega or 0.0)).all())
         close = bool((state.error <= 1e-2 * self.problem.lower.norms(state.x)).all())
         return sure or (close and not self.check_descent)
-
-    def _line_search(self, state: MAIDState, z: Tensor, budget: int) -> tuple[MAIDState, bool]:
-        """The first of ``budget`` shrinking steps that is accepted, if one is."""
-        alpha, broken = self._first_step(state, z), 0
-        state = replace(state, alpha=alpha)
-        for _ in range(budget):
-            theta = self.evaluation.project(state.theta - alpha * z)
-            decrease = self.lam * (z.double() * (state.theta - theta).double()).sum().item()
-            solution, low, up = self.evaluation.trial(theta, state)
-            taken = 0 if solution is None else solution.iterations
-            state = replace(state, trials=state.trials + 1, lower_iterations=state.lower_iterations + taken)
-            broken += not math.isfinite(up)
-            if solution is not None and self._accepts(state, up, decrease):
-                return self._accepted(state, z, theta, solution, low, up, alpha), True
-            alpha *= self.rho
-        if broken == budget:
-            raise RuntimeError(
-                f"none of {budget} trials from step {state.alpha:.1e} on could be solved: their losses are not finite, "
-                "or need more than lower_maxiter iterations; lower alpha0, or give bounds"
-            )
-        return replace(state, failures=state.failures + 1), False
-
-    def _accepts(self, state: MAIDState, up: float, decrease: float) -> bool:
-        if decrease_gap(up, state.lower, decrease) <= 0:
-            return True
-        return self.nonmonotone and decrease_gap(up, state.reference or 0.0, decrease) <= 0
-
-    def _accepted(
-        self, state: MAIDState, z: Tensor, theta: Tensor, solution: LowerSolution, low: float, up: float, alpha: float
-    ) -> MAIDState:
-        weight = _REFERENCE * state.reference_weight + 1
-        past = _REFERENCE * state.reference_weight * (low if state.reference is None else state.reference)
-        return replace(
-            state,
-            theta=theta,
-            x=solution.x,
-            error=solution.error,
-            lower=low,
-            upper=up,
-            alpha=self.rho_bar * alpha,
-            step_size=alpha,
-            previous=(state.theta, z),
-            reference=(past + low) / weight,
-            reference_weight=weight,
-        )
-
-    def _first_step(self, state: MAIDState, z: Tensor) -> float:
-        if self.bb_init and state.previous is not None:
-            s, y = (state.theta - state.previous[0]).double(), (z - state.previous[1]).double()
-            product = (s * y).sum().item()
-            if product > 0:
-                return min(max((s * s).sum().item() / product, _STEPS[0]), _STEPS[1])
-        return max(_norm(state.theta), 1.0) / _norm(z) if state.alpha is None else state.alpha
 
 
 def _norm(tensor: Tensor) -> float:

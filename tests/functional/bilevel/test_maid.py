@@ -75,7 +75,7 @@ def test_every_accepted_step_lowers_the_true_loss(settings):
                 continue
             accepted += 1
             fallen = case.f(before.theta) - case.f(after.theta)
-            assert fallen >= maid.lam * moved**2 / after.step_size - 1e-12
+            assert fallen >= maid.search.lam * moved**2 / after.step_size - 1e-12
         assert case.f(states[-1].theta) < case.f(case.theta)
     assert accepted > 20
 
