@@ -132,6 +132,11 @@ class BestResponse(nn.Module):
             self.source.inputs, self.source.direction = inputs, None
             handle.remove()
 
+    def follow(self) -> None:
+        """Takes each response to its layer's device and type, which the Trainer may have changed."""
+        for name in self.names:
+            self.layers[_key(name)].to(next(self.network.get_submodule(name).parameters()))
+
     def general(self) -> dict[str, Tensor]:
         """The general weights of converted layers, by name."""
         return {
@@ -302,6 +307,13 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def _unfit(layer: nn.Module) -> str | None:
+    names = ["weight", "bias"]
+    if isinstance(layer, nn.LSTM):
+        names = [name for group in layer._all_weights for name in group]
+    elif isinstance(layer, nn.LSTMCell):
+        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    if any(getattr(layer, name, None) is not None and name not in layer._parameters for name in names):
+        return "its weights are computed from other parameters (weight norm, spectral norm, pruning)"
     if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):
         return "an embedding with sparse gradients or a largest norm"
     if isinstance(layer, nn.LSTM) and layer.proj_size:
