@@ -151,6 +151,7 @@ class SelfTuning(MethodCallback):
         self._swapped: tune_dropout | None = None
         self._hook: Any = None
         self._seen = self._window = 0
+        self._lost: Tensor | None = None  # whether a gradient of the response was not finite since the last update
         self._left: Any = None  # the response's state when the last fit ended
 
     def _argument_problems(self) -> list[str]:
@@ -372,6 +373,8 @@ class SelfTuning(MethodCallback):
                 return  # `training_step` returned None: the batch is left out
             self.raise_all(["the training loss does not depend on the converted layers."])
         distributed.mean_gradients(parameters)
+        if self.mode == "delta":  # in the other mode a loss that is not finite is the user's own
+            self._drop_useless(parameters)
         if self.mode == "stn":  # these come from the user's backward pass, scaled like it
             self.unscale_own(trainer, own)
         if (most := trainer.gradient_clip_val) is not None:
@@ -385,6 +388,14 @@ class SelfTuning(MethodCallback):
         else:
             own.step()
             own.zero_grad()
+
+    def _drop_useless(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The linearised prediction may leave what a loss accepts (a logarithm, say) where the user's own does not."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        useful = torch.stack([grad.isfinite().all() for grad in grads]).all()
+        for grad in grads:
+            grad.copy_(torch.where(useful, grad, torch.zeros_like(grad)))
+        self._lost = ~useful if self._lost is None else self._lost | ~useful
 
     def _responds(self) -> bool:
         return self.mode == "stn" or self.steps % self.response_every == 0
@@ -426,7 +437,14 @@ class SelfTuning(MethodCallback):
             self.raise_all([f"{error}."])
             raise
         parts = torch.cat([loss.view(1), slope, *([] if widths is None else [widths])])
-        if bool(parts.isfinite().all()):  # the one number that the host waits for
+        lost = parts.new_zeros((), dtype=torch.bool) if self._lost is None else self._lost
+        finite, lost_some = torch.stack([parts.isfinite().all(), lost]).tolist()  # all that the host waits for
+        self._lost = None
+        if lost_some:
+            rank_zero_warn(
+                "`SelfTuning`: the linearised training loss was not finite; the response did not learn then."
+            )
+        if finite:
             self.useless = 0
             self._step(slope, widths)
         else:

@@ -144,3 +144,21 @@ def test_what_is_logged_is_not_asked_for_by_the_host():
     _, tuning = fit(Noted(), "delta")
     assert all(isinstance(value, torch.Tensor) for value in logged.values())
     assert logged["self_tuning_networks/net/3"].item() == pytest.approx(tuning.hyperparameters()["net/3"])
+
+
+def test_a_linearised_loss_that_is_not_finite_teaches_nothing():
+    """As a logarithm of a probability is, once the linearised one is below 0; here the second pass says so itself."""
+
+    class Logarithm(Net):
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            second = not self.net[0].weight.requires_grad  # in which general weights are held
+            return loss * float("nan") if second and batch[0][0, 0] > 0 else loss
+
+    module = Logarithm()
+    with pytest.warns(UserWarning, match="the linearised training loss was not finite"):
+        _, tuning = fit(module, "delta")
+    assert tuning.useless == 0
+    response = tuning.state_dict()["response"]
+    assert all(value.isfinite().all() for value in response.values() if isinstance(value, torch.Tensor))
+    assert response["layers.net/0.gate"].abs().max() > 0
