@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -364,8 +365,11 @@ def _together(output: Any) -> Any:
         value, slope = forward_ad.unpack_dual(output)
         return value if slope is None else value + slope
     if isinstance(output, Mapping):
-        return type(output)(**{key: _together(item) for key, item in output.items()})
+        items = {key: _together(item) for key, item in output.items()}
+        return items if type(output) is dict else type(output)(**items)  # whose keys need not be strings
     if isinstance(output, (tuple, list)):
         parts = [_together(item) for item in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{f.name: _together(getattr(output, f.name)) for f in fields(output) if f.init})
     return output

@@ -1,5 +1,7 @@
 """SelfTuning among what Lightning users do besides: checkpoints after the fit, precisions, skipped batches."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -162,3 +164,30 @@ def test_a_linearised_loss_that_is_not_finite_teaches_nothing():
     response = tuning.state_dict()["response"]
     assert all(value.isfinite().all() for value in response.values() if isinstance(value, torch.Tensor))
     assert response["layers.net/0.gate"].abs().max() > 0
+
+
+@dataclass
+class Outputs:
+    logits: torch.Tensor
+    hidden: dict
+
+
+class Wrapped(nn.Sequential):
+    def forward(self, x):
+        hidden = self[0](x)
+        return Outputs(self[1](hidden), {0: hidden})
+
+
+def test_predictions_in_dataclasses_and_in_mappings_of_any_keys_are_linearised():
+    torch.manual_seed(0)
+    net = Wrapped(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    response = convert(net, 2, gate_std=0.1)
+    x, step = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    with response.along(step):
+        found = net(x)
+    with response.at(step * 1e-6):
+        ahead = net(x)
+    plain = net(x)
+    for new, old, along in zip(*((o.logits, o.hidden[0]) for o in (ahead, plain, found)), strict=True):
+        assert not torch.allclose(along, old)
+        assert torch.allclose(along - old, (new - old) / 1e-6, atol=1e-6)
