@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lightning_hpo.nn.self_tuning_regularisers import dropout_layers, tune_dropo
 from lightning_hpo.perturbation import Perturbation
 from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share
 from lightning_hpo.response_training import Mode, NoResponseError, ResponseTraining
+from lightning_hpo.state import saved
 from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["SelfTuning"]
@@ -94,6 +96,7 @@ class SelfTuning(MethodCallback):
     """
 
     KNOB: ClassVar[str] = "regularisation and augmentation strengths, whole numbers too, and their schedules"
+    _KEY: ClassVar[tuple[str, ...]] = ("mode", "encoding")  # a response means something else under another
     _STATE = (
         *("hypers", "rates", "perturbation", "response", "optimizer", "response_optimizer", "held_out"),
         *("steps", "updates", "useless"),
@@ -148,6 +151,8 @@ class SelfTuning(MethodCallback):
         self._swapped: tune_dropout | None = None
         self._hook: Any = None
         self._seen = self._window = 0
+        self._lost: Tensor | None = None  # whether a gradient of the response was not finite since the last update
+        self._left: Any = None  # the response's state when the last fit ended
 
     def _argument_problems(self) -> list[str]:
         checks = {
@@ -160,12 +165,14 @@ class SelfTuning(MethodCallback):
             f"response_every must be a positive integer, got {self.response_every!r}": _whole(self.response_every, 1),
             f"response_every={self.response_every} is for mode='delta'": self.mode == "delta"
             or self.response_every == 1,
-            f"lr must be positive, got {self.lr!r}": 0 < self.lr < math.inf,
-            f"max_change must be positive, got {self.max_change!r}": self.max_change > 0,
-            f"entropy_weight must be at least 0, got {self.entropy_weight!r}": 0 <= self.entropy_weight < math.inf,
+            f"lr must be positive, got {self.lr!r}": _positive(self.lr),
+            f"max_change must be positive, got {self.max_change!r}": _positive(self.max_change, math.inf),
+            f"entropy_weight must be at least 0, got {self.entropy_weight!r}": self.entropy_weight == 0
+            or _positive(self.entropy_weight),
+            f"seed must be an integer of at least 0, got {self.seed!r}": _whole(self.seed, 0),
         }
         widths = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
-        checks[f"scale must be positive, got {self.scale!r}"] = all(0 < width < math.inf for width in widths)
+        checks[f"scale must be positive, got {self.scale!r}"] = all(map(_positive, widths))
         return [problem for problem, holds in checks.items() if not holds]
 
     # What has been learned
@@ -177,6 +184,12 @@ class SelfTuning(MethodCallback):
             return {} if self.hypers is None else dict(self.hypers.numbers())
         scales = {f"scale.{name}": value.item() for name, value in self.perturbation.scales().items()}
         return numbers(self._sets) | scales
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Also after a fit, or in its exception: the response is what it was at the end."""
+        state = super().state_dict()
+        return state if state["response"] is not None else state | {"response": saved(self._left, "SelfTuning")}
 
     # Around training
 
@@ -191,7 +204,7 @@ class SelfTuning(MethodCallback):
         problems = []
         if not scored and not is_overridden("validation_step", pl_module):
             problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
-        compiled = [n for n, m in pl_module.named_modules() if hasattr(m, "_orig_mod") or _is_compiled(m)]
+        compiled = [n or "the module" for n, m in pl_module.named_modules() if _is_compiled(m)]
         if compiled:
             problems.append(f"layers of compiled modules cannot change ({compiled}): compile after the fit.")
         self.raise_all(problems)
@@ -263,14 +276,16 @@ class SelfTuning(MethodCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves what is learned to the device, alike on all ranks, and gets ready for the first validation."""
         response, perturbation = self._learner()
-        for part in (*self._sets.values(), perturbation, response):
+        for part in (*self._sets.values(), perturbation):
             part.to(pl_module.device)
+        response.follow()
         share(self._sets)
         for parameter in (*perturbation.parameters(), *response.parameters()):
             parameter.data.copy_(distributed.broadcast(parameter.data))
         context = trainer.precision_plugin.train_step_context
-        losses = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss, context)
-        full = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss)  # without autocast
+        losses = full = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss, context)
+        if isinstance(trainer.precision_plugin, MixedPrecision):
+            full = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss)  # without autocast
         name = response.common_part()
         part = response.network.get_submodule(name) if self.network is None else response.network
         self._training = ResponseTraining(response, perturbation, losses, self.mode, part, self.seed, full)
@@ -354,8 +369,12 @@ class SelfTuning(MethodCallback):
             raise RuntimeError("training has not started")
         parameters = list(response.parameters())
         if all(p.grad is None for p in parameters):
+            if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+                return  # `training_step` returned None: the batch is left out
             self.raise_all(["the training loss does not depend on the converted layers."])
         distributed.mean_gradients(parameters)
+        if self.mode == "delta":  # in the other mode a loss that is not finite is the user's own
+            self._drop_useless(parameters)
         if self.mode == "stn":  # these come from the user's backward pass, scaled like it
             self.unscale_own(trainer, own)
         if (most := trainer.gradient_clip_val) is not None:
@@ -369,6 +388,14 @@ class SelfTuning(MethodCallback):
         else:
             own.step()
             own.zero_grad()
+
+    def _drop_useless(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The linearised prediction may leave what a loss accepts (a logarithm, say) where the user's own does not."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        useful = torch.stack([grad.isfinite().all() for grad in grads]).all()
+        for grad in grads:
+            grad.copy_(torch.where(useful, grad, torch.zeros_like(grad)))
+        self._lost = ~useful if self._lost is None else self._lost | ~useful
 
     def _responds(self) -> bool:
         return self.mode == "stn" or self.steps % self.response_every == 0
@@ -399,7 +426,8 @@ class SelfTuning(MethodCallback):
             self.raise_all([f"the training step does not read {unread}; use them (`hypers[name]`), or leave them out."])
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, training: ResponseTraining) -> None:
-        drawn = [next(self.held_out) for _ in range(self._window)]  # as many as the step has micro-batches
+        # As many as the step has micro-batches.
+        drawn = [trainer.precision_plugin.convert_input(next(self.held_out)) for _ in range(self._window)]
         held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
         training.held_out_noise.begin(self.updates)
         self.updates += 1
@@ -409,14 +437,21 @@ class SelfTuning(MethodCallback):
             self.raise_all([f"{error}."])
             raise
         parts = torch.cat([loss.view(1), slope, *([] if widths is None else [widths])])
-        if bool(parts.isfinite().all()):  # the one number that the host waits for
+        lost = parts.new_zeros((), dtype=torch.bool) if self._lost is None else self._lost
+        finite, lost_some = torch.stack([parts.isfinite().all(), lost]).tolist()  # all that the host waits for
+        self._lost = None
+        if lost_some:
+            rank_zero_warn(
+                "`SelfTuning`: the linearised training loss was not finite; the response did not learn then."
+            )
+        if finite:
             self.useless = 0
             self._step(slope, widths)
         else:
             self._skip()
         perturbation = training.perturbation
         scales = {f"scale.{name}": value for name, value in perturbation.scales().items()}
-        values = {name: _mean(value) for name, value in numbers(self._sets).items()}
+        values = _means(self._sets)
         entropy = perturbation.entropy().detach()
         self.log_values(pl_module, {**values, **scales, "held_out_loss": loss, "entropy": entropy})
 
@@ -468,6 +503,7 @@ class SelfTuning(MethodCallback):
         if self._training is not None:
             self._training.settle()
         if self.response is not None:
+            self._left = saved(self.response, "SelfTuning.response")
             self.response.revert(self._training.resting() if self._training is not None else None)
         if self._swapped is not None:
             self._swapped.undo()
@@ -491,11 +527,22 @@ def _rate_of(layer: Any) -> float:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None
+    # The last is what Lightning leaves on a module that was compiled as a whole.
+    notes = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
+    return any(getattr(module, note, None) is not None for note in notes)
 
 
-def _mean(value: float | list[float]) -> float:
-    return value if isinstance(value, float) else sum(value) / len(value)
+def _means(sets: Mapping[str, HyperparameterSet]) -> dict[str, Tensor]:
+    """Values under the names of `numbers`, on their device: nothing waits for the log."""
+    return {
+        f"{label}.{name}" if len(sets) > 1 else name: value.detach().float().mean()
+        for label, part in sets.items()
+        for name, value in part.values().items()
+    }
+
+
+def _positive(value: object, most: float = math.nextafter(math.inf, 0)) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most
 
 
 def _whole(value: object, least: int) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -131,6 +132,11 @@ class BestResponse(nn.Module):
         finally:
             self.source.inputs, self.source.direction = inputs, None
             handle.remove()
+
+    def follow(self) -> None:
+        """Takes each response to its layer's device and type, which the Trainer may have changed."""
+        for name in self.names:
+            self.layers[_key(name)].to(next(self.network.get_submodule(name).parameters()))
 
     def general(self) -> dict[str, Tensor]:
         """The general weights of converted layers, by name."""
@@ -302,6 +308,13 @@ def _kind(layer: nn.Module) -> type[nn.Module] | None:
 
 
 def _unfit(layer: nn.Module) -> str | None:
+    names = ["weight", "bias"]
+    if isinstance(layer, nn.LSTM):
+        names = [name for group in layer._all_weights for name in group]
+    elif isinstance(layer, nn.LSTMCell):
+        names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+    if any(getattr(layer, name, None) is not None and name not in layer._parameters for name in names):
+        return "its weights are computed from other parameters (weight norm, spectral norm, pruning)"
     if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):
         return "an embedding with sparse gradients or a largest norm"
     if isinstance(layer, nn.LSTM) and layer.proj_size:
@@ -352,8 +365,11 @@ def _together(output: Any) -> Any:
         value, slope = forward_ad.unpack_dual(output)
         return value if slope is None else value + slope
     if isinstance(output, Mapping):
-        return type(output)(**{key: _together(item) for key, item in output.items()})
+        items = {key: _together(item) for key, item in output.items()}
+        return items if type(output) is dict else type(output)(**items)  # whose keys need not be strings
     if isinstance(output, (tuple, list)):
         parts = [_together(item) for item in output]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, **{f.name: _together(getattr(output, f.name)) for f in fields(output) if f.init})
     return output

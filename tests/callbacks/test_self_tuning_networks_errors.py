@@ -71,6 +71,11 @@ def fit(callback=None, module=None, val="other", **arguments):
         ({"max_change": 0.0}, "max_change must be positive, got 0.0"),
         ({"entropy_weight": -1.0}, "entropy_weight must be at least 0, got -1.0"),
         ({"scale": {"a": 0.0}}, "scale must be positive, got {'a': 0.0}"),
+        ({"lr": "0.1", "scale": None}, "lr must be positive, got '0.1'; scale must be positive, got None"),
+        ({"entropy_weight": None}, "entropy_weight must be at least 0, got None"),
+        ({"entropy_weight": float("nan")}, "entropy_weight must be at least 0, got nan"),
+        ({"max_change": True}, "max_change must be positive, got True"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"lr": -1.0, "train_steps": 0}, "train_steps must be a positive integer, got 0; lr must be positive"),
     ],
 )
