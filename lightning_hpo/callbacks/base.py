@@ -88,6 +88,12 @@ class MethodCallback(Callback):
         pl_module.log_dict({f"{label}/{name}": value for name, value in values.items()}, **kwargs)
 
     @staticmethod
+    def handed_over(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> list[Any]:
+        """Batches drawn outside of the loop, as the loop hands them over: in its precision and on the device."""
+        convert, move = trainer.precision_plugin.convert_input, trainer.strategy.batch_to_device
+        return [move(convert(batch), pl_module.device) for batch in batches]
+
+    @staticmethod
     def logs_now(trainer: Trainer) -> bool:
         """Whether values logged in this step are seen: loggers are written to in it, or an epoch or training ends."""
         every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]

@@ -243,7 +243,7 @@ class SingleLoopHypergradient(MethodCallback):
         if losses is None or optimizer is None:
             raise RuntimeError("training has not started")
         drawn = [next(self.held_out) for _ in self._window]  # as many as the step has micro-batches
-        held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
+        held_out = self.handed_over(trainer, pl_module, drawn)
         found = self._estimate(losses, held_out)
         gradient, length, slope, _ = found.norms.tolist()  # the one time that the host waits for the device
         try:

@@ -260,7 +260,7 @@ class Hypergradient(MethodCallback):
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, estimate: ModuleHypergradient) -> None:
         drawn = [next(self.held_out) for _ in self._window]  # as many as the step has micro-batches
-        held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
+        held_out = self.handed_over(trainer, pl_module, drawn)
         result = self._hypergradient(estimate, held_out)
         gradients = result.gradients
         norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().item()

@@ -227,7 +227,7 @@ class ConvexHeadTuning(MethodCallback):
         try:
             with evaluated(pl_module), trainer.precision_plugin.forward_context():
                 for raw in whole_data(loader):
-                    batch = trainer.strategy.batch_to_device(raw, pl_module.device)
+                    [batch] = self.handed_over(trainer, pl_module, [raw])
                     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
                         self.raise_all(["batches must be pairs of inputs and labels."])
                     pl_module(batch[0])

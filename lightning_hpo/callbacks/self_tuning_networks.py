@@ -427,8 +427,7 @@ class SelfTuning(MethodCallback):
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, training: ResponseTraining) -> None:
         # As many as the step has micro-batches.
-        drawn = [trainer.precision_plugin.convert_input(next(self.held_out)) for _ in range(self._window)]
-        held_out = [trainer.strategy.batch_to_device(batch, pl_module.device) for batch in drawn]
+        held_out = self.handed_over(trainer, pl_module, [next(self.held_out) for _ in range(self._window)])
         training.held_out_noise.begin(self.updates)
         self.updates += 1
         try:

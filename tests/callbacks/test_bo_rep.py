@@ -308,6 +308,15 @@ def test_two_ranks_are_one_process_in_double_precision():
         torch.testing.assert_close(first.method["z"][name], value, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_validation_batches_come_in_the_precision_of_the_trainer(precision):
+    callback, module = SingleLoopHypergradient(("network.blocks.0",), **ARGS), TinyClassifier(depth=2)
+    before = [p.detach().clone().float() for p in module.network.blocks[0].parameters()]
+    tiny_trainer(callback, max_steps=6, precision=precision).fit(module, TinyImages())
+    moved = [(p.float() - b).norm() for p, b in zip(module.network.blocks[0].parameters(), before, strict=True)]
+    assert 0 < sum(moved) < 1
+
+
 def test_another_module_begins_from_the_beginning():
     callback = SingleLoopHypergradient(**ARGS)
     modules = [Representation(), Representation()]

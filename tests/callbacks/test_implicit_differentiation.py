@@ -237,6 +237,14 @@ def test_loggers_get_the_values_whenever_they_are_written_to():
     assert values[-1] == pytest.approx(module.hypers["penalty"].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_validation_batches_come_in_the_precision_of_the_trainer(precision):
+    callback = Hypergradient(tune=("weight_decay",), every_n_steps=2, lr=0.5)
+    tiny_trainer(callback, max_steps=6, precision=precision).fit(TinyClassifier(), TinyImages())
+    assert math.isfinite(callback.hyperparameters()["weight_decay"])
+    assert callback.hyperparameters()["weight_decay"] != pytest.approx(1e-6, rel=1e-3)  # where it began
+
+
 def test_batches_are_kept_only_for_a_step_that_an_update_follows():
     """With accumulation: both micro-batches of every third step, and none of another."""
     kept = []

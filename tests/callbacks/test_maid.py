@@ -130,6 +130,14 @@ def test_training_is_left_as_it_is():
     assert not module.backbone[0].training
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_batches_come_in_the_precision_of_the_trainer(precision):
+    module = Classifier()
+    runner = fit(ConvexHeadTuning(), module, precision=precision)
+    assert runner.callback_metrics["val_loss"] < 1.0  # of ln 3 = 1.10 for a head that knows nothing
+    assert next(module.head.parameters()).dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}[precision]
+
+
 def test_it_tunes_when_it_is_asked_to():
     def moments(**settings):
         tuning, found = ConvexHeadTuning(steps=1, **settings), []
