@@ -196,7 +196,7 @@ class Hypergradient(MethodCallback):
             losses, self._settings, self.estimator, self.estimator_args, self.tune, self.product, self.sync
         )
         self._attach_data(trainer)
-        self._seen, self._window = trainer.global_step, []
+        self._seen, self._window, self._values = trainer.global_step, [], {}
 
     def _read_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, named = trainer.optimizers[0], dict(pl_module.named_parameters())
@@ -247,12 +247,13 @@ class Hypergradient(MethodCallback):
             return
         self._seen = trainer.global_step
         self.steps += 1
+        first = not self._values  # from then on there is something to monitor
         if self._due(self.steps):
             with torch.enable_grad():
                 self._update(trainer, pl_module, self._estimate)
             self._estimate.forget_step()
         self._window = []
-        if self._values and self.logs_now(trainer):
+        if self._values and (first or self.logs_now(trainer)):
             self.log_values(pl_module, self._values)
 
     def _due(self, step: int) -> bool:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -235,6 +235,15 @@ def test_loggers_get_the_values_whenever_they_are_written_to():
     values = [point["implicit_differentiation/penalty"] for point in points]
     assert len(set(values)) == 3
     assert values[-1] == pytest.approx(module.hypers["penalty"].item(), rel=1e-6)
+
+
+def test_values_can_be_monitored_after_the_first_update(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="implicit_differentiation/penalty", mode="min", save_top_k=1)
+    module = Ridge(penalty=3.0, hypergradient_args={"every_n_steps": 2})
+    train = DataLoader(TRAIN, batch_size=4)  # five steps an epoch, validation after the third
+    trainer = tiny_trainer(best, max_steps=5, val_check_interval=3, log_every_n_steps=50)
+    trainer.fit(module, train, DataLoader(VAL, batch_size=40))
+    assert best.best_model_score is not None
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
