@@ -126,7 +126,7 @@ class Recorder:
 
 
 def muted(module: nn.Module, recorder: Recorder | None = None) -> nn.Module:
-    """A shallow copy of a module that logs and prints nothing and whose own metrics of torchmetrics count nothing.
+    """A shallow copy of a module that logs and prints nothing and whose metrics of torchmetrics count nothing.
 
     Args:
         module: The user's module.
@@ -145,8 +145,19 @@ def muted(module: nn.Module, recorder: Recorder | None = None) -> nn.Module:
     copy.__dict__.update(dict.fromkeys(("log", "log_dict", "print"), _nothing))
     if recorder is not None:
         copy.__dict__.update({"log": recorder.log, "log_dict": recorder.log_dict})
-    children = {name: _Deaf() if _is_metric(child) else child for name, child in module._modules.items()}
-    copy.__dict__["_modules"] = children
+    copy.__dict__["_modules"] = {name: _deafened(child) for name, child in module._modules.items()}
+    return copy
+
+
+def _deafened(module: nn.Module | None) -> nn.Module | None:
+    """A module in whose place metrics count nothing: itself where there is none in it."""
+    if module is None or not any(map(_is_metric, module.modules())):
+        return module
+    if _is_metric(module):
+        return _Deaf()
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = {name: _deafened(child) for name, child in module._modules.items()}
     return copy
 
 

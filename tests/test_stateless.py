@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, MetricCollection
 
-from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers, loss_of, per_sample_statistics
+from lightning_hpo.stateless import PerSampleGradients, batch_mixing_layers, loss_of, muted, per_sample_statistics
 
 
 class Net(LightningModule):
@@ -148,3 +148,23 @@ def test_batch_norms_that_use_the_batch_are_named():
     assert batch_mixing_layers(net) == ["plain", "never", "lazy", "ranks", "timm", "inside.1"]
     assert batch_mixing_layers(net.eval()) == ["never"]
     assert batch_mixing_layers(nn.BatchNorm1d(1)) == [""]
+
+
+def test_metrics_anywhere_in_a_module_count_nothing():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.metrics = nn.ModuleDict({"fit": nn.ModuleList([Accuracy("multiclass", num_classes=2)])})
+
+        def forward(self, x):
+            self.metrics["fit"][0](self.layer(x), torch.zeros(len(x), dtype=torch.long))
+            return self.layer(x)
+
+    net = Net()
+    silent = muted(net)
+    torch.testing.assert_close(silent(torch.ones(3, 2)), net.layer(torch.ones(3, 2)))
+    assert silent.layer is net.layer
+    assert net.metrics["fit"][0].update_count == 0
+    net(torch.ones(3, 2))
+    assert net.metrics["fit"][0].update_count == 1
