@@ -4,13 +4,17 @@ import ast
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.state import restored, saved
+from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["MethodCallback"]
 
@@ -35,6 +39,8 @@ class MethodCallback(Callback):
 
     _STATE: ClassVar[tuple[str, ...]] = ()
     _KEY: ClassVar[tuple[str, ...]] = ()
+    _noted: Mapping[str, Tensor | float] | None = None  # to be logged
+    _shown = False  # whether something was, since the fit began
 
     @property
     def state_key(self) -> str:
@@ -87,17 +93,57 @@ class MethodCallback(Callback):
         label = self.label(pl_module.trainer)
         pl_module.log_dict({f"{label}/{name}": value for name, value in values.items()}, **kwargs)
 
+    def note_values(self, values: Mapping[str, Tensor | float]) -> None:
+        """Keeps what is to be logged until the next update; see :meth:`log_noted`."""
+        self._noted = values
+
+    def log_noted(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what was noted where it is seen, and at once the first time: then there is something to monitor.
+
+        Loggers are written to every so many steps, which updates need not fall on. Call it after each optimizer step.
+        """
+        every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
+        seen = (every > 0 and step % every == 0) or step == trainer.max_steps or trainer.is_last_batch
+        if self._noted and (seen or not self._shown):
+            self._shown = True
+            self.log_values(pl_module, self._noted)
+
+    def scoring_problems(self, pl_module: LightningModule, val_loss: object) -> list[str]:
+        """What is missing to score a validation batch, in words."""
+        scored = val_loss is not None or callable(getattr(pl_module, "outer_loss", None))
+        if scored or is_overridden("validation_step", pl_module):
+            return []
+        return ["nothing scores a validation batch: define `validation_step`, or give `val_loss`."]
+
+    def attach_held_out(self, trainer: Trainer, held_out: HeldOutBatches, loader: Any) -> Any:
+        """Attaches the validation data of the fit, or a given loader; returns the loader. Nothing is noted yet."""
+        self._noted, self._shown = None, False
+        try:
+            loader = validation_loader(trainer) if loader is None else loader
+            if sized_len(loader) == 0:
+                raise ValueError("the validation loader is empty; give one with data as `val_dataloader`")
+            held_out.attach(loader)
+        except ValueError as error:
+            self.raise_all([f"{str(error).rstrip('.')}."])
+        return loader
+
     @staticmethod
     def handed_over(trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any]) -> list[Any]:
         """Batches drawn outside of the loop, as the loop hands them over: in its precision and on the device."""
         convert, move = trainer.precision_plugin.convert_input, trainer.strategy.batch_to_device
         return [move(convert(batch), pl_module.device) for batch in batches]
 
-    @staticmethod
-    def logs_now(trainer: Trainer) -> bool:
-        """Whether values logged in this step are seen: loggers are written to in it, or an epoch or training ends."""
-        every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
-        return (every > 0 and step % every == 0) or step == trainer.max_steps or trainer.is_last_batch
+    def release(self) -> None:
+        """Gives back what was changed or held for a fit; called at its end, whatever it is, and perhaps twice."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives everything back."""
+        if stage == "fit":
+            self.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives everything back: neither the end of training nor teardown follows an exception."""
+        self.release()
 
     def raise_all(self, problems: Iterable[str]) -> None:
         """Raises one :class:`MisconfigurationException` that lists every problem, if there is any."""

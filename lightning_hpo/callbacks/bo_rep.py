@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,7 +29,6 @@ from lightning_hpo.module_losses import (
 )
 from lightning_hpo.outer_parameters import OuterParameters
 from lightning_hpo.raw_hyperparameters import step_raw
-from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["SingleLoopHypergradient"]
 
@@ -165,9 +163,7 @@ class SingleLoopHypergradient(MethodCallback):
         self.require_automatic_optimization(pl_module)
         self._outer = OuterParameters(pl_module, self.outer, self.hypers)
         problems = list(self._outer.problems)
-        scored = self.val_loss is not None or callable(getattr(pl_module, "outer_loss", None))
-        if not scored and not is_overridden("validation_step", pl_module):
-            problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
+        problems += self.scoring_problems(pl_module, self.val_loss)
         self.raise_all(problems)
         self._outer.hide()
         self._forget_others(self._outer)
@@ -203,18 +199,8 @@ class SingleLoopHypergradient(MethodCallback):
         context = trainer.precision_plugin.train_step_context
         losses = ModuleLosses(pl_module, outer.sets, self.train_loss, self.val_loss, context, list(outer.parts))
         self.z = {name: value.to(pl_module.device) for name, value in self.z.items()}
-        self._attach_data(trainer)
+        self.attach_held_out(trainer, self.held_out, self.val_dataloader)
         self._losses, self._seen, self._window = losses, trainer.global_step, []
-
-    def _attach_data(self, trainer: Trainer) -> None:
-        loader: Any = self.val_dataloader
-        try:
-            loader = validation_loader(trainer) if loader is None else loader
-            if hasattr(loader, "__len__") and not len(loader):
-                raise ValueError("the validation loader is empty; give one with data as `val_dataloader`.")
-            self.held_out.attach(loader)
-        except ValueError as error:
-            self.raise_all([f"{str(error).rstrip('.')}."])
 
     # Every step
 
@@ -236,6 +222,7 @@ class SingleLoopHypergradient(MethodCallback):
         if after > 0 and after % self.every_n_steps == 0:
             with torch.enable_grad():
                 self._update(trainer, pl_module)
+        self.log_noted(trainer, pl_module)
         self._window = []
 
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,7 +251,7 @@ class SingleLoopHypergradient(MethodCallback):
                 self.scheduler.step()
         else:
             rank_zero_warn("A hypergradient was not finite; the outer parameters stay what they are.")
-        self.log_values(pl_module, self._logged(found, optimizer))
+        self.note_values(self._logged(found, optimizer))
 
     def _logged(self, found: OuterGradient, optimizer: NormalizedMomentum) -> dict[str, Tensor]:
         """Tensors on the device: a logger reads them when it writes."""
@@ -319,20 +306,11 @@ class SingleLoopHypergradient(MethodCallback):
                 f"`SingleLoopHypergradient`: training ended after {self.steps} steps, before the first outer step "
                 f"(`refine_steps={self.refine_steps}`, `every_n_steps={self.every_n_steps}`): nothing outer has moved."
             )
-        self._release()
+        self.release()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Gives the module's parameters back as they were."""
-        if stage == "fit":
-            self._release()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives everything back: neither the end of training nor teardown follows an exception."""
-        self._release()
-
-    def _release(self) -> None:
         if self._outer is not None:
             self._outer.release()
         self.held_out.detach()

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,7 +22,6 @@ from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
 from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share, step_raw
 from lightning_hpo.scaled_step import ScaledStep
 from lightning_hpo.tuned_optimizer import TunedOptimizer
-from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["Hypergradient"]
 
@@ -136,7 +134,6 @@ class Hypergradient(MethodCallback):
         self._scaled: ScaledStep | None = None
         self._hidden = HiddenParameters()
         self._window: list[Any] = []  # batches of the coming optimizer step
-        self._values: dict[str, Tensor | float] = {}  # to be logged
         self._seen = 0
 
     # What has been learned
@@ -165,9 +162,7 @@ class Hypergradient(MethodCallback):
                 "there is nothing to tune: name settings of the optimizer (`tune=('weight_decay',)`), or give the "
                 "module a `HyperparameterSet` that its training step reads."
             )
-        scored = self.val_loss is not None or callable(getattr(pl_module, "outer_loss", None))
-        if not scored and not is_overridden("validation_step", pl_module):
-            problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
+        problems += self.scoring_problems(pl_module, self.val_loss)
         self.raise_all(problems)
         self._hidden.hide(raw for part in self._sets.values() for raw in part.parameters())
 
@@ -195,8 +190,8 @@ class Hypergradient(MethodCallback):
         self._estimate = ModuleHypergradient(
             losses, self._settings, self.estimator, self.estimator_args, self.tune, self.product, self.sync
         )
-        self._attach_data(trainer)
-        self._seen, self._window, self._values = trainer.global_step, [], {}
+        self.attach_held_out(trainer, self.held_out, self.val_dataloader)
+        self._seen, self._window = trainer.global_step, []
 
     def _read_optimizer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, named = trainer.optimizers[0], dict(pl_module.named_parameters())
@@ -216,13 +211,6 @@ class Hypergradient(MethodCallback):
     def _all_sets(self) -> dict[str, HyperparameterSet]:
         own = {"optimizer": self.tuned} if self.tuned is not None else {}
         return {**self._sets, **own}
-
-    def _attach_data(self, trainer: Trainer) -> None:
-        try:
-            loader: Any = validation_loader(trainer) if self.val_dataloader is None else self.val_dataloader
-            self.held_out.attach(loader)
-        except ValueError as error:
-            self.raise_all([f"{error}."])
 
     # Every step
 
@@ -247,14 +235,12 @@ class Hypergradient(MethodCallback):
             return
         self._seen = trainer.global_step
         self.steps += 1
-        first = not self._values  # from then on there is something to monitor
         if self._due(self.steps):
             with torch.enable_grad():
                 self._update(trainer, pl_module, self._estimate)
             self._estimate.forget_step()
         self._window = []
-        if self._values and (first or self.logs_now(trainer)):
-            self.log_values(pl_module, self._values)
+        self.log_noted(trainer, pl_module)
 
     def _due(self, step: int) -> bool:
         return step > self.warmup_steps and step % self.every_n_steps == 0
@@ -272,7 +258,7 @@ class Hypergradient(MethodCallback):
             self._step(gradients, norm)
         values = {name: _mean(value) for name, value in self.hyperparameters().items()}
         info = {"residual": result.info.residual.float()} if result.info is not None else {}
-        self._values = {**values, **info, "hypergradient_norm": norm}
+        self.note_values({**values, **info, "hypergradient_norm": norm})
 
     def _hypergradient(self, estimate: ModuleHypergradient, held_out: list[Any]) -> HypergradientResult:
         try:
@@ -306,20 +292,11 @@ class Hypergradient(MethodCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets go of the optimizer and the data."""
-        self._release()
+        self.release()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Gives the module's hyperparameters back as they were."""
-        if stage == "fit":
-            self._release()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives everything back: neither the end of training nor teardown follows an exception."""
-        self._release()
-
-    def _release(self) -> None:
         if self._scaled is not None:
             self._scaled.remove()
         self._hidden.show()

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,7 +26,6 @@ from lightning_hpo.perturbation import Perturbation
 from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share
 from lightning_hpo.response_training import Mode, NoResponseError, ResponseTraining
 from lightning_hpo.state import saved
-from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["SelfTuning"]
 
@@ -200,10 +198,7 @@ class SelfTuning(MethodCallback):
             return
         self.refuse_sharded_strategy(trainer)
         self.require_automatic_optimization(pl_module)
-        scored = self.val_loss is not None or callable(getattr(pl_module, "outer_loss", None))
-        problems = []
-        if not scored and not is_overridden("validation_step", pl_module):
-            problems.append("nothing scores a validation batch: define `validation_step`, or give `val_loss`.")
+        problems = self.scoring_problems(pl_module, self.val_loss)
         compiled = [n or "the module" for n, m in pl_module.named_modules() if _is_compiled(m)]
         if compiled:
             problems.append(f"layers of compiled modules cannot change ({compiled}): compile after the fit.")
@@ -221,7 +216,7 @@ class SelfTuning(MethodCallback):
         try:
             self._prepare(network)
         except ValueError as error:
-            self._release()
+            self.release()
             self.raise_all([f"{error}."])
         self._hidden.hide(raw for part in self._sets.values() for raw in part.parameters())
 
@@ -331,12 +326,7 @@ class SelfTuning(MethodCallback):
             raise
 
     def _attach_data(self, trainer: Trainer) -> None:
-        try:
-            loader: Any = validation_loader(trainer) if self.val_dataloader is None else self.val_dataloader
-            self.held_out.attach(loader)
-        except ValueError as error:
-            self.raise_all([f"{str(error).rstrip('.')}."])
-            raise
+        loader = self.attach_held_out(trainer, self.held_out, self.val_dataloader)
         training = getattr(trainer.train_dataloader, "dataset", None)
         if training is not None and getattr(loader, "dataset", None) is training:
             rank_zero_warn("`SelfTuning`: the validation data are the training data: no regularisation is best there.")
@@ -418,6 +408,7 @@ class SelfTuning(MethodCallback):
             for _ in range(self.valid_steps):
                 self._update(trainer, pl_module, training)
             training.settle()
+        self.log_noted(trainer, pl_module)
         self._window = 0
 
     def _refuse_unread(self) -> None:
@@ -452,7 +443,7 @@ class SelfTuning(MethodCallback):
         scales = {f"scale.{name}": value for name, value in perturbation.scales().items()}
         values = _means(self._sets)
         entropy = perturbation.entropy().detach()
-        self.log_values(pl_module, {**values, **scales, "held_out_loss": loss, "entropy": entropy})
+        self.note_values({**values, **scales, "held_out_loss": loss, "entropy": entropy})
 
     def _step(self, slope: Tensor, widths: Tensor | None) -> None:
         _, perturbation = self._learner()
@@ -486,17 +477,8 @@ class SelfTuning(MethodCallback):
         self.held_out.detach()
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def release(self) -> None:
         """Gives the network back as an ordinary one, with the weights for the hyperparameters that were found."""
-        if stage == "fit":
-            self._release()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives everything back: neither the end of training nor teardown follows an exception."""
-        self._release()
-
-    def _release(self) -> None:
         if self._hook is not None:
             self._hook.remove()
         if self._training is not None:
