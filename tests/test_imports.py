@@ -29,6 +29,7 @@ L1 = (
     *("scaled_step", "batch_controller", "tuned_optimizer", "outer_parameters", "validation_loader", "indexed_data"),
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
     *("whole_data", "perturbation", "response_training"),
+    *("self_tuning_arguments", "response_optimizer", "matching_dropout"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -69,6 +70,9 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "whole_data": (TORCH, (*L0, "distributed")),
     "perturbation": (TORCH, (*L0, "distributed", "hyper")),
     "response_training": (TORCH, (*L0, "distributed", "module_losses", "perturbation")),
+    "self_tuning_arguments": (TORCH, L0),
+    "response_optimizer": (TORCH | {"lightning"}, L0),
+    "matching_dropout": (TORCH, (*L0, "hyper")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),

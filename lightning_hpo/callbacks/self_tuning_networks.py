@@ -1,10 +1,7 @@
 """Self-tuning networks as a callback: regularisation follows the validation loss through weights that respond to it."""
 
-import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,13 +15,16 @@ from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.functional.bilevel.best_response import Encoding
 from lightning_hpo.held_out import HeldOutBatches
-from lightning_hpo.hyper import HyperparameterSet, Interval
+from lightning_hpo.hyper import HyperparameterSet
+from lightning_hpo.matching_dropout import tune_matching_dropout
 from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
 from lightning_hpo.nn.self_tuning_networks import BestResponse, convert
-from lightning_hpo.nn.self_tuning_regularisers import dropout_layers, tune_dropout
+from lightning_hpo.nn.self_tuning_regularisers import tune_dropout
 from lightning_hpo.perturbation import Perturbation
 from lightning_hpo.raw_hyperparameters import HiddenParameters, named_sets, numbers, share
+from lightning_hpo.response_optimizer import clip_as_user, optimizer_like, zero_if_useless
 from lightning_hpo.response_training import Mode, NoResponseError, ResponseTraining
+from lightning_hpo.self_tuning_arguments import argument_problems
 from lightning_hpo.state import saved
 
 __all__ = ["SelfTuning"]
@@ -137,7 +137,7 @@ class SelfTuning(MethodCallback):
         self.network, self.exclude, self.val_dataloader = network, tuple(exclude), val_dataloader
         self.train_loss, self.val_loss, self.seed = train_loss, val_loss, seed
         self._make_hyper, self._make_response = hyper_optimizer, response_optimizer
-        if problems := self._argument_problems():
+        if problems := argument_problems(self):
             raise ValueError(f"`SelfTuning`: {'; '.join(problems)}.")
         self.rates: HyperparameterSet | None = None  # of the network's own dropout layers
         self.perturbation: Perturbation | None = None
@@ -154,28 +154,6 @@ class SelfTuning(MethodCallback):
         self._seen = self._window = 0
         self._lost: Tensor | None = None  # whether a gradient of the response was not finite since the last update
         self._left: Any = None  # the response's state when the last fit ended
-
-    def _argument_problems(self) -> list[str]:
-        checks = {
-            f"mode must be 'delta' or 'stn', got {self.mode!r}": self.mode in ("delta", "stn"),
-            f"encoding must be 'cos_sin' or 'identity', got {self.encoding!r}": self.encoding
-            in ("cos_sin", "identity"),
-            f"train_steps must be a positive integer, got {self.train_steps!r}": _whole(self.train_steps, 1),
-            f"valid_steps must be a positive integer, got {self.valid_steps!r}": _whole(self.valid_steps, 1),
-            f"warmup_steps must be an integer of at least 0, got {self.warmup_steps!r}": _whole(self.warmup_steps, 0),
-            f"response_every must be a positive integer, got {self.response_every!r}": _whole(self.response_every, 1),
-            f"response_parts must be a positive integer, got {self.response_parts!r}": _whole(self.response_parts, 1),
-            f"response_every={self.response_every} is for mode='delta'": self.mode == "delta"
-            or self.response_every == 1,
-            f"lr must be positive, got {self.lr!r}": _positive(self.lr),
-            f"max_change must be positive, got {self.max_change!r}": _positive(self.max_change, math.inf),
-            f"entropy_weight must be at least 0, got {self.entropy_weight!r}": self.entropy_weight == 0
-            or _positive(self.entropy_weight),
-            f"seed must be an integer of at least 0, got {self.seed!r}": _whole(self.seed, 0),
-        }
-        widths = self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]
-        checks[f"scale must be positive, got {self.scale!r}"] = all(map(_positive, widths))
-        return [problem for problem, holds in checks.items() if not holds]
 
     # What has been learned
 
@@ -236,21 +214,11 @@ class SelfTuning(MethodCallback):
         """Hyperparameters for the network's own dropout layers."""
         if not self.dropout:
             return
-        layers = dropout_layers(network)
-        chosen = {pattern: [name for name in layers if fnmatchcase(name, pattern)] for pattern in self.dropout}
-        if empty := [pattern for pattern, names in chosen.items() if not names]:
-            self.raise_all([f"no dropout layer is named like {empty}; there are {layers or 'none'}."])
-        keys = {pattern: pattern.replace(".", "/") for pattern in self.dropout}  # names of parameters have no dots
-        if self.rates is None or list(self.rates) != list(keys.values()):
-            first = {p: _rate_of(network.get_submodule(names[0])) for p, names in chosen.items()}
-            self.rates = HyperparameterSet(**{keys[p]: Interval(rate, 0.0, 0.95) for p, rate in first.items()})
-        rates = self.rates
-        getters: dict[str, Any] = {}
-        for pattern, names in chosen.items():
-            for name in names:
-                getters.setdefault(name, lambda key=keys[pattern]: rates[key])
-        self._swapped = tune_dropout(network, getters)
-        self._sets["dropout" if self._sets else ""] = rates
+        try:
+            self.rates, self._swapped = tune_matching_dropout(network, self.dropout, self.rates)
+        except ValueError as error:
+            self.raise_all([f"{error}."])
+        self._sets["dropout" if self._sets else ""] = cast(HyperparameterSet, self.rates)
 
     def _prepare(self, network: nn.Module) -> None:
         perturbation = Perturbation(self._sets, self.scale, self.per_batch, self.encoding)
@@ -314,21 +282,13 @@ class SelfTuning(MethodCallback):
             part.read.clear()
 
     def _response_optimizer(self, theirs: Optimizer, response: BestResponse) -> Optimizer:
-        named = list(response.named_parameters())
         if self._make_response is not None:
-            return self._make_response([p for _, p in named])
-        kind: Any = type(theirs)
-        accepted = inspect.signature(kind).parameters
-        first = theirs.param_groups[0]
-        settings = {name: first.get(name, value) for name, value in theirs.defaults.items() if name in accepted}
-        # Decay of the gates would be decay of the response, whatever the hyperparameters.
-        gates = [p for name, p in named if name.endswith("gate")]
-        groups: list[dict[str, Any]] = [{"params": [p for name, p in named if not name.endswith("gate")]}]
-        groups.append({"params": gates} | ({"weight_decay": 0.0} if "weight_decay" in settings else {}))
+            return self._make_response(list(response.parameters()))
         try:
-            return kind(groups, **settings)
+            return optimizer_like(theirs, response.named_parameters())
         except (TypeError, ValueError) as error:
-            self.raise_all([f"no second `{kind.__name__}` could be made ({error}); give `response_optimizer`."])
+            kind = type(theirs).__name__
+            self.raise_all([f"no second `{kind}` could be made ({error}); give `response_optimizer`."])
             raise
 
     def _attach_data(self, trainer: Trainer) -> None:
@@ -370,12 +330,11 @@ class SelfTuning(MethodCallback):
             self.raise_all(["the training loss does not depend on the converted layers."])
         distributed.mean_gradients(parameters)
         if self.mode == "delta":  # in the other mode a loss that is not finite is the user's own
-            self._drop_useless(parameters)
+            useless = zero_if_useless(parameters)  # rather than spoil the response
+            self._lost = useless if self._lost is None else self._lost | useless
         if self.mode == "stn":  # these come from the user's backward pass, scaled like it
             self.unscale_own(trainer, own)
-        if (most := trainer.gradient_clip_val) is not None:
-            clip = nn.utils.clip_grad_value_ if trainer.gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-            clip(parameters, most)
+        clip_as_user(trainer, parameters)
         if self._make_response is None:
             for group in own.param_groups:
                 group["lr"] = optimizer.param_groups[0]["lr"]
@@ -384,14 +343,6 @@ class SelfTuning(MethodCallback):
         else:
             own.step()
             own.zero_grad()
-
-    def _drop_useless(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The linearised prediction may leave what a loss accepts (a logarithm, say) where the user's own does not."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        useful = torch.stack([grad.isfinite().all() for grad in grads]).all()
-        for grad in grads:
-            grad.copy_(torch.where(useful, grad, torch.zeros_like(grad)))
-        self._lost = ~useful if self._lost is None else self._lost | ~useful
 
     def _responds(self) -> bool:
         return self.mode == "stn" or self.steps % self.response_every == 0
@@ -509,10 +460,6 @@ class SelfTuning(MethodCallback):
         return self._training
 
 
-def _rate_of(layer: Any) -> float:
-    return min(layer.p, 0.9) or 0.05
-
-
 def _is_compiled(module: nn.Module) -> bool:
     # The last is what Lightning leaves on a module that was compiled as a whole.
     notes = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
@@ -526,11 +473,3 @@ def _means(sets: Mapping[str, HyperparameterSet]) -> dict[str, Tensor]:
         for label, part in sets.items()
         for name, value in part.values().items()
     }
-
-
-def _positive(value: object, most: float = math.nextafter(math.inf, 0)) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
