@@ -1,9 +1,9 @@
-"""BO-REP: the law of its step, unbounded curvature, film reviews with an LSTM, a transformer, and digits to clean.
+"""BO-REP: the law of its step, unbounded curvature, film reviews with an LSTM, and a transformer.
 
     python benchmarks/bo_rep.py --threads 1
 
-takes about half an hour on one thread. The film reviews are read from the folder that LIGHTNING_HPO_DATA names;
-without it that part is left out.
+takes about twenty minutes on one thread. The film reviews are read from the folder that LIGHTNING_HPO_DATA names;
+without it that part is left out. Digits to clean are in `bo_rep_digits.py`.
 """
 
 import os
@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from batch_runs import be_quiet
-from bo_rep_digits import cleaning, scaled, spread
 from bo_rep_plots import draw_curves
 from bo_rep_text import text
 from bo_rep_toys import cosh, law
 from bo_rep_transformer import transformer
-from common import conclude, parse, show, write
+from common import conclude, parse, show
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 
@@ -57,17 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw_curves((chosen.assets or ASSETS) / "bo_rep_text.png", runs)
         columns = {"task": "", "method": "", "step": "g", "outer_loss": ".3f", "lowest_and_highest": ""}
         show("Film reviews", facts["text"], columns | {"test_accuracy": ".2f", "auc": ".3f", "loss_by_step": ""})
-    write(__file__, chosen, rows, **facts)  # the rest takes a while
-    facts["scaled"] = list(scaled(10 if chosen.quick else 300))
-    show("The outer loss times 1000", facts["scaled"], {"method": "", "lr": "g", "relative_difference": ".0e"})
-    facts["digits"] = list(cleaning(1 if chosen.quick else 2, 10 if chosen.quick else 1500))
-    write(__file__, chosen, rows, **facts)
-    facts["spread"] = list(spread(facts["digits"], 1 if chosen.quick else 3, 10 if chosen.quick else 1500))
     facts["transformer"] = list(transformer(1, 30 if chosen.quick else 300))
     columns = {"outer": "", "method": "", "product": "", "lr": "g", "outer_loss": ".3f", "test_accuracy": ".1f"}
     show("A transformer", facts["transformer"], columns)
-    columns = {"method": "", "lr": "g", "z_lr": "g", "seed": "d", "test_accuracy": ".3f", "test_loss": ".3f"}
-    show("Digits with wrong labels", facts["digits"], columns | {"auc": ".3f", "calls_to_0.30": "d", "cpu_s": ".1f"})
     conclude(__file__, chosen, rows, **facts)
 
 

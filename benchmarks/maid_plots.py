@@ -1,4 +1,4 @@
-"""Pictures of `maid_quality.py`."""
+"""Pictures of `maid_quality.py` and `maid_mnist.py`."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +34,22 @@ def draw(path: Path, courses: Mapping[str, Course], quadratic: Course) -> None:
     )
     band.set(yscale="log", xlabel="outer step", ylabel="validation loss", title=f"digits: {next(iter(courses))}")
     band.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_work(path: Path, courses: Mapping[str, Course]) -> None:
+    """Loss against work, and how small the smallest weight gets, which is what makes lower problems hard."""
+    figure, (loss, least) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, course in courses.items():
+        work = [at["work"] for at in course]
+        loss.plot(work, [at["val_loss"] for at in course], marker=".", label=name, linewidth=1.4)
+        least.plot(work, [at["least"] for at in course], marker=".", label=name, linewidth=1.4)
+    xlabel = "lower and conjugate gradient iterations"
+    loss.set(xscale="log", xlabel=xlabel, ylabel="validation loss", title="MNIST, 1440 weights")
+    least.set(xscale="log", xlabel=xlabel, ylabel="smallest log l2 weight", title="how hard the lower problem is")
+    loss.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

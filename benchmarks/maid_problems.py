@@ -1,4 +1,4 @@
-"""Bilevel problems with everything that MAID's certificates have to know, as `maid_quality.py` needs them."""
+"""Bilevel problems with everything that MAID's certificates have to know, as the scripts `maid_*.py` need them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,7 +9,10 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_hpo.demos import MNISTDataModule
 from lightning_hpo.functional.bilevel.maid import BilevelProblem, LowerProblem
+
+Labelled = tuple[Tensor, Tensor]  # inputs and classes
 
 
 class Task(NamedTuple):
@@ -53,7 +56,34 @@ def digits() -> Task:
     order = np.random.RandomState(0).permutation(len(labels))
     inputs, classes = torch.tensor(data / 16)[order], torch.tensor(labels)[order]
     parts = (slice(0, 900), slice(900, 1350), slice(1350, None))
-    (x, y), (x_val, y_val), (x_test, y_test) = ((inputs[part], classes[part]) for part in parts)
+    return _multinomial(*((inputs[part], classes[part]) for part in parts))
+
+
+def mnist_images(quick: bool) -> tuple[Labelled, Labelled]:
+    """Training and test images of MNIST, grey between 0 and 1, 12 by 12; the digits of above in a quick run."""
+    if quick:
+        data, labels = load_digits(return_X_y=True)
+        images, classes = torch.tensor(data / 16).view(-1, 1, 8, 8), torch.tensor(labels)
+        sets = [(images[part], classes[part]) for part in (slice(0, 1350), slice(1350, None))]
+    else:
+        sets = [(part.images.double() / 255, part.labels) for part in MNISTDataModule().read()]
+    shrunk = [F.interpolate(images, size=(12, 12), mode="bilinear", antialias=True) for images, _ in sets]
+    train, test = ((images.flatten(1), classes) for images, (_, classes) in zip(shrunk, sets, strict=True))
+    return train, test
+
+
+def mnist(train: Labelled, test: Labelled, size: int) -> Task:
+    """The paper's: the first training images below, the test images above; the last sixth of the former is held out."""
+    inputs, classes = train
+    first = len(classes) - len(classes) // 6
+    if not 0 < size <= first:
+        raise ValueError(f"the lower problem has 1 to {first} images, got {size}")
+    return _multinomial((inputs[:size], classes[:size]), test, (inputs[first:], classes[first:]))
+
+
+def _multinomial(train: Labelled, val: Labelled, test: Labelled) -> Task:
+    """A log l2 weight for each coefficient, all -3 at first."""
+    (x, y), (x_val, y_val), (x_test, y_test) = train, val, test
     bound, smoothness = (_largest(part) / 2 for part in (x, x_val))
     lower = LowerProblem(
         lambda w, t: F.cross_entropy(x @ w, y) + 0.5 * (t.exp() * w * w).sum(),
@@ -61,13 +91,15 @@ def digits() -> Task:
         lambda t: bound + t.exp().max(),
     )
 
-    def figures(_: Tensor, w: Tensor) -> dict[str, float]:
+    def figures(theta: Tensor, w: Tensor) -> dict[str, float]:
         right = ((x_test @ w).argmax(1) == y_test).double().mean().item()
-        val, test = (F.cross_entropy(a @ w, b).item() for a, b in ((x_val, y_val), (x_test, y_test)))
-        return {"val_loss": val, "test_loss": test, "test_accuracy": 100 * right}
+        val_loss, test_loss = (F.cross_entropy(a @ w, b).item() for a, b in (val, test))
+        least = theta.min().item()
+        return {"val_loss": val_loss, "test_loss": test_loss, "test_accuracy": 100 * right, "least": least}
 
     problem = BilevelProblem(lower, lambda w: F.cross_entropy(x_val @ w, y_val), smoothness, convex_upper=True)
-    return Task(problem, torch.full((64, 10), -3.0).double(), torch.zeros(64, 10).double(), figures)
+    shape = (x.shape[1], 10)
+    return Task(problem, torch.full(shape, -3.0).double(), torch.zeros(shape).double(), figures)
 
 
 def breast_cancer(start: float) -> Task:

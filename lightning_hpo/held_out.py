@@ -145,7 +145,7 @@ class _Order(Sampler[list[int]]):
 def _is_empty(loader: Iterable[Any]) -> bool:
     try:
         return isinstance(loader, Sized) and not len(loader)
-    except TypeError:  # a loader of a stream has a length only in name
+    except (TypeError, NotImplementedError):  # a loader of a stream has a length only in name
         return False
 
 

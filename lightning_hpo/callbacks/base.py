@@ -4,7 +4,6 @@ import ast
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -120,8 +119,6 @@ class MethodCallback(Callback):
         self._noted, self._shown = None, False
         try:
             loader = validation_loader(trainer) if loader is None else loader
-            if sized_len(loader) == 0:
-                raise ValueError("the validation loader is empty; give one with data as `val_dataloader`")
             held_out.attach(loader)
         except ValueError as error:
             self.raise_all([f"{str(error).rstrip('.')}."])

@@ -41,7 +41,7 @@ class MAIDModule(MAIDLoop):
 
     Raises:
         ValueError: If an argument is wrong.
-        MisconfigurationException: If data are missing, or the strategy shards parameters.
+        MisconfigurationException: If data are missing, the strategy shards parameters, or the precision is too low.
 
     References:
         Salehi, Mukherjee, Roberts, Ehrhardt, "An adaptively inexact first-order method for bilevel optimization with

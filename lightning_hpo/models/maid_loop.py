@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_hpo.functional.bilevel.maid import MAID, MAIDState
@@ -60,30 +62,51 @@ class MAIDLoop(LightningModule, ABC):
             loader: The loader.
 
         Returns:
-            Numbers and batches, on the module's device.
+            Numbers and batches, in the Trainer's precision and on the module's device.
 
         Raises:
             ValueError: If the data cannot be read whole.
         """
-        batches = [self.trainer.strategy.batch_to_device(batch, self.device) for batch in whole_data(loader)]
+        convert, move = self.trainer.precision_plugin.convert_input, self.trainer.strategy.batch_to_device
+        batches = [move(convert(batch), self.device) for batch in whole_data(loader)]
         return [(batch_length(batch), batch) for batch in batches]
 
     @override
     def setup(self, stage: str) -> None:
-        """Refuses strategies that shard parameters."""
+        """Refuses strategies that shard parameters, and precisions in which an error cannot be certified."""
+        problems = self._precision_problems()
         if stage == "fit":
             self.state = None  # a checkpoint is read after this
             if not isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-                own, name = type(self).__name__, type(self.trainer.strategy).__name__
-                raise MisconfigurationException(f"`{own}` runs on one device or under DDP, not under `{name}`.")
+                name = type(self.trainer.strategy).__name__
+                problems.append(f"it runs on one device or under DDP, not under `{name}`")
+        if problems:
+            raise MisconfigurationException(f"`{type(self).__name__}`: {'; '.join(problems)}.")
+
+    def _precision_problems(self) -> list[str]:
+        """What speaks against the Trainer's precision: autocast rounds within losses, whatever the type of x is."""
+        precision, allowed = str(self.trainer.precision), self.maid.allow_low_precision
+        if precision in ("32-true", "64-true") or (allowed and precision in ("16-true", "bf16-true")):
+            return []
+        flag = ", or `allow_low_precision=True`" if precision in ("16-true", "bf16-true") else ""
+        return [f"errors cannot be certified under precision='{precision}': give '32-true' or '64-true'{flag}"]
 
     @override
     def on_train_start(self) -> None:
         """Reads the data and begins, or goes on."""
         if problems := self.read_data():
             raise MisconfigurationException(f"`{type(self).__name__}`: {'; '.join(problems)}.")
-        if self.state is None:
-            self.state = self.maid.init(self.theta, self.first_x())
+        self.state = self.maid.init(self.theta, self.first_x()) if self.state is None else self._here(self.state)
+
+    def _here(self, state: MAIDState) -> MAIDState:
+        """A checkpoint's state on this device and in this precision; errors are in float64 always."""
+        here, names = self.theta.detach(), ("theta", "x", "q", "previous")
+        parts = {name: getattr(state, name) for name in names}
+        return replace(
+            state,
+            error=state.error.to(here.device),
+            **pytree.tree_map_only(Tensor, lambda part: part.to(here), parts),
+        )
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -133,5 +156,4 @@ class MAIDLoop(LightningModule, ABC):
             )
         saved = checkpoint["maid"]
         if saved is not None:
-            moved = {k: v.to(self.theta.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
-            self.state = MAIDState.from_state_dict(moved)
+            self.state = MAIDState.from_state_dict(saved)

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import HyperparameterSet, Positive, SingleLoopHypergradient, SingleLoopMixin
 from lightning_hpo.testing import tiny_trainer
@@ -165,8 +165,40 @@ def test_no_validation_data():
     ):
         tiny_trainer(SingleLoopHypergradient(**SOON), max_steps=1).fit(Line(), data())
     fit(SingleLoopHypergradient(**SOON, val_dataloader=data()), limit_val_batches=0)
+
+
+@pytest.mark.parametrize("empty", [[], data(samples=0, batch_size=1)], ids=["list", "set"])
+def test_an_empty_validation_loader(empty):
     with pytest.raises(MisconfigurationException, match="the validation loader is empty"):
-        fit(SingleLoopHypergradient(**SOON, val_dataloader=[]))
+        fit(SingleLoopHypergradient(**SOON, val_dataloader=empty))
+
+
+class Stream(IterableDataset):
+    """The rows of a loader, without a length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+class Nameless(Stream):
+    """One that has a length only in name."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [Stream, Nameless])
+def test_a_stream_of_validation_data(kind):
+    read, callback, module = DataLoader(kind(data().dataset), batch_size=4), SingleLoopHypergradient(**SOON), Line()
+    before = module.first.weight.detach().clone()
+    assert fit(callback, module, val=read, max_steps=6).global_step == 6
+    assert (callback.steps, callback.held_out.epoch, callback.held_out.position) == (6, 1, 2)  # of four batches
+    assert not torch.equal(module.first.weight, before)
+    with pytest.raises(ValueError, match="held-out loader has no batch for each rank"):
+        fit(SingleLoopHypergradient(**SOON, val_dataloader=DataLoader(kind([]), batch_size=4)))
 
 
 def test_nothing_to_score_with():

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import Choice, HyperparameterSet, SelfTuning, UnitInterval
 from lightning_hpo.response_training import rows_of
@@ -132,6 +132,35 @@ def test_nothing_to_score_with():
             return torch.zeros((), requires_grad=True) * 2
 
     refused("the validation loss does not depend on the converted layers", module=Blind())
+
+
+class Stream(IterableDataset):
+    """The rows of a data set, without a length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def empty_set():
+    return DataLoader(TensorDataset(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)), batch_size=4)
+
+
+@pytest.mark.parametrize("empty", [list, empty_set])
+def test_an_empty_validation_loader(empty):
+    refused("the validation loader is empty", SelfTuning(**SOON, val_dataloader=empty()))
+
+
+def test_a_stream_of_validation_data():
+    callback, module = SelfTuning(**SOON, val_dataloader=DataLoader(Stream(data(1).dataset), batch_size=4)), Net()
+    fit(callback, module, max_steps=12)
+    assert callback.held_out.epoch > 0  # sixteen rows were read more than once
+    assert module.hypers["smooth"].item() != pytest.approx(0.2)
+    nothing = SelfTuning(**SOON, val_dataloader=DataLoader(Stream([]), batch_size=4))
+    with pytest.raises(ValueError, match="held-out loader has no batch for each rank"):
+        fit(nothing)
 
 
 def test_loops_and_strategies():

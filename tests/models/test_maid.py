@@ -40,13 +40,15 @@ def smoothness(theta):
     return BOUNDS[0] + theta.exp().max()
 
 
-def make(**settings):
+def make(dtype=torch.float64, **settings):
     known = {"mu": modulus, "smoothness": smoothness, "upper_smoothness": BOUNDS[1], "convex_upper": True}
-    return MAIDModule(lower, upper, **START, **known, **settings)
+    start = {name: value.to(dtype) for name, value in START.items()}
+    return MAIDModule(lower, upper, **start, **known, **settings)
 
 
-def loaders(batch_size=40):
-    return [DataLoader(TensorDataset(x, y), batch_size=batch_size) for x, y in zip(DATA, LABELS, strict=True)]
+def loaders(batch_size=40, dtype=torch.float64):
+    sets = [TensorDataset(x.to(dtype), y.to(dtype)) for x, y in zip(DATA, LABELS, strict=True)]
+    return [DataLoader(part, batch_size=batch_size) for part in sets]
 
 
 def functional(steps, **settings):
@@ -121,6 +123,50 @@ def test_two_ranks_are_one_process():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], getattr(expected, name), rtol=1e-12, atol=1e-12)
     assert first["trials"] == expected.trials
+
+
+def test_double_precision_takes_float32_data_along():
+    module = make(torch.float32)
+    tiny_trainer(max_epochs=12, precision="64-true").fit(module, *loaders(dtype=torch.float32))
+    expected = functional(12)
+    assert module.theta.dtype == module.state.x.dtype == torch.float64
+    torch.testing.assert_close(module.theta.data, expected.theta, rtol=1e-5, atol=0)  # of data that were rounded
+    torch.testing.assert_close(module.x.data, expected.x, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_low_precision_is_refused(precision):
+    where = f"`MAIDModule`: errors cannot be certified under precision='{precision}': give '32-true' or '64-true'"
+    with pytest.raises(MisconfigurationException, match=where):
+        tiny_trainer(max_epochs=1, precision=precision).fit(make(torch.float32), *loaders(dtype=torch.float32))
+
+
+def test_low_precision_is_refused_in_any_case_where_losses_round_by_themselves():
+    module = make(torch.float32, allow_low_precision=True)
+    with pytest.raises(MisconfigurationException, match=r"errors cannot be certified .* or '64-true'\."):
+        tiny_trainer(max_epochs=1, precision="bf16-mixed").validate(module, loaders(dtype=torch.float32)[1])
+
+
+def test_sixteen_bits_on_request():
+    module = make(torch.float32, allow_low_precision=True)
+    tiny_trainer(max_epochs=4, precision="bf16-true").fit(module, *loaders(dtype=torch.float32))
+    assert module.state.x.dtype == torch.bfloat16
+    assert module.state.status == "accuracy_floor"
+    assert module.state.upper < upper(START["x0"], (DATA[1], LABELS[1])).item()
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+@pytest.mark.parametrize(("before", "after"), [("32-true", "64-true"), ("64-true", "32-true")])
+def test_a_run_goes_on_in_another_precision(before, after, tmp_path):
+    data = loaders(dtype=torch.float32)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="four", every_n_epochs=4, save_top_k=-1)
+    tiny_trainer(saver, max_epochs=4, precision=before).fit(make(torch.float32), *data)
+    module = make(torch.float32)
+    trainer = tiny_trainer(max_epochs=8, precision=after)
+    trainer.fit(module, *data, ckpt_path=str(tmp_path / "four.ckpt"), weights_only=True)
+    assert module.state.theta.dtype == module.state.previous[0].dtype == module.theta.dtype
+    assert module.state.error.dtype == torch.float64
+    torch.testing.assert_close(module.theta.data.double(), functional(8).theta, rtol=1e-4, atol=1e-4)
 
 
 class Stream(IterableDataset):

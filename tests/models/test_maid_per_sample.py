@@ -64,6 +64,16 @@ def test_steps_are_those_of_the_loop(batch_size):
     assert trainer.callback_metrics["val_loss"].item() == pytest.approx((expected.lower + expected.upper) / 2, rel=1e-2)
 
 
+def test_the_precision_of_the_trainer():
+    data = [DataLoader(TensorDataset(NOISY.float(), CLEAN.float()), batch_size=6)] * 2
+    module = make()
+    tiny_trainer(max_epochs=6, precision="64-true").fit(module, *data)
+    assert module.state.x.dtype == torch.float64
+    torch.testing.assert_close(module.theta.data, functional(6).theta, rtol=1e-5, atol=0)  # of data that were rounded
+    with pytest.raises(MisconfigurationException, match="errors cannot be certified under precision='bf16-mixed'"):
+        tiny_trainer(precision="bf16-mixed").predict(make(), data[0])
+
+
 def test_other_samples_are_solved_at_what_was_learned():
     module = make(accuracy=1e-6)
     trainer = tiny_trainer(max_epochs=4)

@@ -31,7 +31,7 @@ class Evaluation:
         >>> lower = LowerProblem(lambda x, t: ((x - t) ** 2).sum(), mu=2.0, smoothness=2.0)
         >>> evaluation = Evaluation(BilevelProblem(lower, lambda x: (x**2).sum(), 2.0), fista)
         >>> state = MAIDState(torch.tensor(3.0), torch.zeros(1), error=torch.ones(1), eps=0.1, delta=0.1)
-        >>> evaluation.trial(torch.tensor(2.0), state)[1:]
+        >>> evaluation.trial(torch.tensor(2.0), state, evaluation.accuracy(state))[1:]
         (4.0, 4.0)
     """
 
@@ -57,7 +57,7 @@ class Evaluation:
         Raises:
             RuntimeError: If the accuracy is not reached, on any rank.
         """
-        eps = max(state.eps, self.floor(state))
+        eps = self.accuracy(state)
         solution = self.solver(self.problem.lower, state.theta, state.x, eps, maxiter=self.maxiter)
         failed = self.problem.reduce(solution.error.new_tensor(float(solution.status != "converged")))
         if failed.item() > 0:
@@ -68,17 +68,18 @@ class Evaluation:
             )
         return solution
 
-    def trial(self, theta: Tensor, state: MAIDState) -> tuple[LowerSolution | None, float, float]:
+    def trial(self, theta: Tensor, state: MAIDState, eps: float) -> tuple[LowerSolution | None, float, float]:
         """The lower problems at a trial point, and the bounds on f there; infinite ones where they are not solved.
 
         Args:
             theta: The trial point.
             state: Where the run stands.
+            eps: The largest error, :meth:`accuracy` of the state.
 
         Returns:
             The solution, None where theta does not allow of one; lower and upper bound.
         """
-        eps, bounds = max(state.eps, self.floor(state)), None
+        bounds: tuple[float, float, float] | None = None
         solution: LowerSolution | None = None
         with suppress(ConstantError):  # the step leaves the region in which the lower problem is one
             solution = self.solver(self.problem.lower, theta, state.x, eps, maxiter=self.maxiter)
@@ -105,7 +106,7 @@ class Evaluation:
             Lower and upper bound, and the share of ranks on which the solve failed.
         """
         error = solution.error if self.certify else torch.zeros_like(solution.error)
-        smoothness = self.problem.known(theta, dict(estimates), len(error))["upper_smoothness"]
+        (smoothness,) = self.problem.known(theta, estimates, len(error), ("upper_smoothness",)).values()
         low, up = value_bounds(upper.values, upper.norms, error, smoothness, self.problem.convex_upper)
         failed = torch.full_like(low[0], float(solution.status != "converged"))
         found = self.problem.reduce(torch.stack([low.mean(), up.mean(), failed])).tolist()
@@ -127,6 +128,17 @@ class Evaluation:
             size = torch.maximum(size, lower.lipschitz(state.theta, count) * lower.norms(state.x))
         floor = 10 * torch.finfo(state.x.dtype).eps * (size / lower.modulus(state.theta, count)).max()
         return self.problem.reduce(floor).item()
+
+    def accuracy(self, state: MAIDState) -> float:
+        """The error to which lower problems are solved: the state's, or the floor.
+
+        Args:
+            state: Where the run stands.
+
+        Returns:
+            The larger of the two.
+        """
+        return max(state.eps, self.floor(state))
 
     def at_floor(self, state: MAIDState) -> bool:
         """Whether the accuracy cannot be any finer.

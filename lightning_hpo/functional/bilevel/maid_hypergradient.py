@@ -157,7 +157,7 @@ def error_bound(
     if len(norm) != count:
         error, residual, slopes = ((v.square().sum().sqrt()).reshape(1) for v in (error, residual, slopes))
         mu = mu.min().reshape(1)
-    constants = problem.known(theta, dict(estimates or {}), len(norm))
+    constants = problem.known(theta, estimates or {}, len(norm))
     bound = hypergradient_error_bound(error, residual, mu=mu, cross_norm=norm, upper_gradient=slopes, **constants)
     return problem.reduce(bound.sum() / count).item()
 

@@ -71,11 +71,11 @@ class LineSearch:
             RuntimeError: If no trial could be solved.
         """
         alpha, broken = self._first_step(state, z), 0
-        state = replace(state, alpha=alpha)
+        state, eps = replace(state, alpha=alpha), self.evaluation.accuracy(state)
         for _ in range(budget):
             theta = self.evaluation.project(state.theta - alpha * z)
             decrease = self.lam * (z.double() * (state.theta - theta).double()).sum().item()
-            solution, low, up = self.evaluation.trial(theta, state)
+            solution, low, up = self.evaluation.trial(theta, state, eps)
             taken = 0 if solution is None else solution.iterations
             state = replace(state, trials=state.trials + 1, lower_iterations=state.lower_iterations + taken)
             broken += not math.isfinite(up)

@@ -1,6 +1,6 @@
 """A bilevel problem with what a certificate of descent has to know about it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from lightning_hpo.functional.bilevel.lower_problem import Constant, LowerProble
 from lightning_hpo.functional.bilevel.problem import identity
 
 __all__ = ["BilevelProblem", "UpperPoint"]
+
+_CONSTANTS = ("upper_smoothness", "cross_lipschitz", "inverse_lipschitz")
 
 
 class UpperPoint(NamedTuple):
@@ -77,8 +79,7 @@ class BilevelProblem:
     reduce: Callable[[Tensor], Tensor] = identity
 
     def __post_init__(self) -> None:
-        names = ("upper_smoothness", "cross_lipschitz", "inverse_lipschitz")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in _CONSTANTS}
         wrong = [
             f"{n} must be at least 0, got {v!r}" for n, v in given.items() if isinstance(v, (int, float)) and v < 0
         ]
@@ -146,18 +147,20 @@ class BilevelProblem:
             (slope,) = torch.autograd.grad(value.reshape(()), leaf)
         return value.item(), slope
 
-    def known(self, theta: Tensor, estimates: dict[str, float], count: int) -> dict[str, Tensor]:
-        """The three Lipschitz constants at theta, given or estimated.
+    def known(
+        self, theta: Tensor, estimates: Mapping[str, float], count: int, names: Sequence[str] = _CONSTANTS
+    ) -> dict[str, Tensor]:
+        """Lipschitz constants at theta, given or estimated.
 
         Args:
             theta: Hyperparameters.
             estimates: Running maxima by name, for those that are not given.
             count: The number of lower problems.
+            names: Which are wanted; all three by default.
 
         Returns:
             By name, shape ``(count,)``.
         """
-        names = ("upper_smoothness", "cross_lipschitz", "inverse_lipschitz")
         given = {name: getattr(self, name) for name in names}
         return {
             name: constant(estimates.get(name, 0.0) if value is None else value, theta, count)
