@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_hpo.functional.bilevel.conditioning import encode_condition, proportionality
-from lightning_hpo.nn.hyper_network import HyperNetwork, hypernetize
+from lightning_hpo.nn.hyper_network import HyperNetwork
+from lightning_hpo.nn.mip_hypernetworks import hypernetize
 
 
 @pytest.fixture(autouse=True)
