@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = ["Condition", "ConditionSpec", "sample_conditions"]
 
 _BLOCK = 32  # draws that are stratified together
+_APART = 2654435769  # an odd number near 2**32 over the golden ratio: seeds begin far from each other
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def sample_conditions(numbers: range, names: int, seed: int = 0, stratified: boo
     first, last = numbers[0] // _BLOCK, numbers[-1] // _BLOCK
     blocks = []
     for block in range(first, last + 1):
-        generator = torch.Generator().manual_seed(seed * 2**32 + block)
+        generator = torch.Generator().manual_seed((seed * _APART + block) % 2**32)  # on the CPU 32 bits count
         inside = torch.rand(_BLOCK, names, generator=generator, dtype=torch.float64)
         if stratified:
             cells = torch.stack([torch.randperm(_BLOCK, generator=generator) for _ in range(names)], 1)
