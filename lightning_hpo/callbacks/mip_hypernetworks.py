@@ -124,6 +124,16 @@ class ConditionedTraining(MethodCallback):
         """The condition that is used in validation and afterwards."""
         return dict(self._values(self._resting())) if self._nets else {}
 
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a choice among other conditions."""
+        super().load_state_dict(state_dict)
+        self._check_chosen()
+
+    def _check_chosen(self) -> None:
+        if self._nets and self.chosen and set(self.chosen) != set(self._spec):
+            self.raise_all([f"the checkpoint chose {list(self.chosen)}, the module has {list(self._spec)}."])
+
     # Around training
 
     @override
@@ -144,6 +154,7 @@ class ConditionedTraining(MethodCallback):
         if stage == "fit" and self._nets and [id(net) for net in nets] != [id(net) for net in self._nets]:
             self.draws, self.chosen, self.losses = 0, {}, []  # another module begins from the beginning
         self._nets, self._scored_at = nets, -1
+        self._check_chosen()
 
     def _prepare(self, spec: ConditionSpec) -> list[str]:
         """Encodes what was given by name; returns what is wrong with it."""
@@ -165,9 +176,7 @@ class ConditionedTraining(MethodCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks what a checkpoint brought, and that there are data to refine the choice on."""
-        if self.chosen and list(self.chosen) != list(self._spec):
-            self.raise_all([f"the checkpoint chose {list(self.chosen)}, the module has {list(self._spec)}."])
+        """Finds the data to refine the choice on."""
         if self.refine_steps:
             self._loader = self.attach_held_out(trainer, self.held_out, self.val_dataloader)
 
