@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from lightning_hpo import ConditionSpec, hypernetize
 from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
 from lightning_hpo.nn.hyper_network import HyperNetwork
+from lightning_hpo.nn.mip_hypernetworks import Hypernetized
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 WAYS: dict[str, dict[str, Any]] = {
@@ -70,10 +71,8 @@ def run(way: str, optimizer_name: str, seed: int, epochs: int, average: bool = T
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(32):
             net.gamma = sample_conditions(range(len(drawn), len(drawn) + 1), 1, seed, stratified=False)[0]
-            inputs = x[rows] + net.condition["noise"] * torch.randn(x[rows].shape)
             optimizer.zero_grad()
-            F.cross_entropy(net(inputs), y[rows]).backward()
-            norms.append(nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]).item())
+            norms.append(backward(net, x[rows], y[rows]))
             drawn.append(net.gamma.item())
             optimizer.step()
         with torch.no_grad():
@@ -104,18 +103,41 @@ def row_of(way: str, optimizer: str, seed: int, found: dict[str, Any]) -> dict[s
     }
 
 
-def norm_rows(courses: dict[tuple[str, str, int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians of the gradient's norm in the lowest, the middle and the highest tenth of the condition."""
+def first_gradients(way: str, seed: int, gammas: Sequence[float], batches: int = 20) -> list[float]:
+    """Mean norm of the gradient of predicted kernels at the beginning, for some conditions."""
+    x, y, _, _ = digits()
+    torch.manual_seed(seed)
+    net = hypernetize(primary(), ConditionSpec().add("noise", 0.0, 0.7), **WAYS[way])
     found = []
-    for (way, optimizer, seed), course in courses.items():
-        if seed == 0:
-            medians = by_bin(course)[0]
-            names = ("gamma_0.05", "gamma_0.45", "gamma_0.95")
-            at = {name: float(f"{medians[b]:.3g}") for name, b in zip(names, (0, 4, 9), strict=True)}
-            ratio = float(f"{np.nanmax(medians) / np.nanmin(medians):.3g}")
-            spread = round(float(np.std(np.log10(np.maximum(course["norms"], 1e-30)))), 2)
-            found.append({"parametrisation": way, "optimizer": optimizer, **at, "ratio": ratio, "log10_std": spread})
+    for gamma in gammas:
+        norms = []
+        for rows in torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(32)[:batches]:
+            net.gamma = torch.tensor([gamma])
+            norms.append(backward(net, x[rows], y[rows]))
+        found.append(float(np.mean(norms)))
     return found
+
+
+def backward(net: Hypernetized, x: Tensor, y: Tensor) -> float:
+    """One backward pass for the present condition; returns the norm of the gradient of predicted kernels."""
+    weights = net.hyper_network(net.gamma)
+    kernels = [value for value in weights.values() if value.ndim > 1]
+    for kernel in kernels:
+        kernel.retain_grad()
+    inputs = x + net.condition["noise"] * torch.randn(x.shape)
+    F.cross_entropy(torch.func.functional_call(net.module, weights, inputs), y).backward()
+    return nn.utils.get_total_norm([kernel.grad for kernel in kernels if kernel.grad is not None]).item()
+
+
+def gradient_rows(seeds: int, quick: bool) -> list[dict[str, Any]]:
+    """The gradient's norm at the beginning by condition, and its slope on logarithms."""
+    gammas, rows = (0.01, 0.1, 0.5, 1.0), []
+    for way in WAYS:
+        found = np.mean([first_gradients(way, s, gammas, 1 if quick else 20) for s in range(seeds)], 0)
+        slope = np.polyfit(np.log(gammas), np.log(found), 1)[0]
+        at = {f"gamma_{g:g}": float(f"{n:.3g}") for g, n in zip(gammas, found, strict=True)}
+        rows.append({"parametrisation": way, **at, "slope": round(float(slope), 2)})
+    return rows
 
 
 def by_bin(course: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -140,24 +162,33 @@ def size_rows() -> list[dict[str, Any]]:
 
 
 def draw(courses: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> None:
-    """Gradient norms over steps and by condition, MIP beside the ordinary hyper-network; a column an optimizer."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2, sharey="col")
-    for column, optimizer in enumerate(OPTIMIZERS):
-        for way, colour in (("default", "C3"), ("MIP", "C0")):
+    """Gradient norms, MIP beside the ordinary hyper-network: at the beginning, over steps, and by condition."""
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3)
+    gammas = np.geomspace(0.01, 1, 9).tolist()
+    for way, colour in (("default", "C3"), ("MIP", "C0")):
+        axes[0][0].plot(gammas, first_gradients(way, 0, gammas), "o-", ms=3, color=colour, label=way)
+        torch.manual_seed(0)
+        network = HyperNetwork({"w": nn.Conv2d(8, 16, 3).weight}, conditions=1, **WAYS[way])
+        stds = [network(torch.tensor([gamma]))["w"].std().item() for gamma in gammas]
+        axes[1][0].plot(gammas, stds, "o-", ms=3, color=colour, label=way)
+        for row, optimizer in enumerate(OPTIMIZERS):
             course = courses[way, optimizer, 0]
-            axes[0][column].plot(course["norms"], ".", ms=1.5, alpha=0.4, color=colour, label=way)
+            axes[row][1].plot(course["norms"], ".", ms=1.5, alpha=0.4, color=colour, label=way)
             middle, low, high = by_bin(course)
             centres = (np.arange(BINS) + 0.5) / BINS
-            axes[1][column].fill_between(centres, low, high, color=colour, alpha=0.2, lw=0)
-            axes[1][column].plot(centres, middle, "o-", ms=3, color=colour, label=way)
-        axes[0][column].set_title(optimizer)
-        axes[0][column].set_xlabel("step")
-        axes[1][column].set_xlabel("condition: median, and 10th to 90th percentile")
-        for axis in axes[:, column]:
-            axis.set_yscale("log")
-            axis.set_ylabel("norm of the gradient")
-            axis.legend(markerscale=3)
+            axes[row][2].fill_between(centres, low, high, color=colour, alpha=0.2, lw=0)
+            axes[row][2].plot(centres, middle, "o-", ms=3, color=colour, label=way)
+    for row, optimizer in enumerate(OPTIMIZERS):
+        axes[row][0].set(title="at the beginning", xlabel="condition", xscale="log")
+        axes[row][1].set(title=f"{optimizer}, all steps", xlabel="step", ylabel="norm of the gradient")
+        title = f"{optimizer}, all steps: median, 10th to 90th percentile"
+        axes[row][2].set(title=title, xlabel="condition", ylabel="norm of the gradient")
+    axes[0][0].set_ylabel("norm of the gradient")
+    axes[1][0].set_ylabel("std of a predicted kernel")
+    for axis in axes.flat:
+        axis.set_yscale("log")
+        axis.legend(markerscale=2)
     figure.savefig(path)
 
 
@@ -179,8 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = {(w, o, 0): run(w, o, 0, epochs, average=False) for o in OPTIMIZERS for w in ("default", "MIP")}
     other = [row_of(*key, course) for key, course in others.items()]
     show("Digits, a wider linear layer", other, {"parametrisation": "", "optimizer": "", "seed": "d", **columns})
-    norms, sizes = norm_rows(courses), size_rows()
-    show("Norm of the gradient", norms, {key: "" if isinstance(norms[0][key], str) else ".3g" for key in norms[0]})
+    norms, sizes = gradient_rows(seeds, chosen.quick), size_rows()
+    show(
+        "Norm of the gradient at the beginning",
+        norms,
+        {key: "" if isinstance(norms[0][key], str) else ".3g" for key in norms[0]},
+    )
     show("Size of a predicted kernel", sizes, {key: "" if key == "parametrisation" else ".4g" for key in sizes[0]})
     cost = cost_rows(chosen.quick)
     show("Cost", cost, {"what": "", "ms": ".2f", "ratio": ".2f", "parameters": ",d"})

@@ -28,7 +28,7 @@ L1 = (
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
     *("scaled_step", "batch_controller", "tuned_optimizer", "outer_parameters", "validation_loader", "indexed_data"),
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
-    *("whole_data", "perturbation", "response_training"),
+    *("whole_data", "perturbation", "response_training", "condition_losses"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -69,6 +69,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "whole_data": (TORCH, (*L0, "distributed")),
     "perturbation": (TORCH, (*L0, "distributed", "hyper")),
     "response_training": (TORCH, (*L0, "distributed", "module_losses", "perturbation")),
+    "condition_losses": (TORCH, (*L0, "distributed", "module_losses", "whole_data")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.condition_losses import ConditionLosses
 from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec, sample_conditions
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
@@ -115,7 +116,7 @@ class ConditionedTraining(MethodCallback):
         self._spec = ConditionSpec()
         self._grid = torch.empty(0)
         self._drawn = 0  # for the present batch
-        self._sums: Tensor | None = None  # of losses times examples, and of examples
+        self._totals: Tensor | None = None  # of losses times examples, and of examples
         self._scored_at = -1  # the optimizer step of the last validation
         self._loader: Any = None
 
@@ -227,7 +228,7 @@ class ConditionedTraining(MethodCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hands over the condition to validate at."""
         self._rest(pl_module)
-        self._sums = torch.zeros(len(self._grid) + 1, device=pl_module.device)
+        self._totals = torch.zeros(len(self._grid) + 1, device=pl_module.device)
 
     @override
     def on_validation_batch_end(
@@ -240,19 +241,19 @@ class ConditionedTraining(MethodCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Computes the loss of the batch at each condition of the grid; of the first loader only."""
-        if self._sums is None or not self.grid or dataloader_idx or trainer.sanity_checking:
+        if self._totals is None or not self.grid or dataloader_idx or trainer.sanity_checking:
             return
-        self._sums += self._score(trainer, pl_module, self._grid, [batch])
+        self._totals += self._sums(trainer, pl_module, self._grid, [batch])
         self._rest(pl_module)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses the best condition, the same on every rank."""
-        if self._sums is None or not self.grid or trainer.sanity_checking:
+        if self._totals is None or not self.grid or trainer.sanity_checking:
             return
-        self._choose(self._grid, self._sums)
+        self._choose(self._grid, self._totals)
         self._scored_at = trainer.global_step
-        names = [f"val_loss@{self._spec.label(gamma)}" for gamma in self._grid]
+        names = [f"val_loss/{self._spec.label(gamma)}" for gamma in self._grid]
         values = dict(zip(names, self.losses, strict=True))
         values |= {f"chosen_{name}": value for name, value in self.chosen.items()}
         # The same on all ranks anyway; without being told to average, Lightning warns.
@@ -262,27 +263,15 @@ class ConditionedTraining(MethodCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the condition back."""
         self._hand(None)
-        self._sums = None
+        self._totals = None
 
-    def _score(self, trainer: Trainer, pl_module: LightningModule, gammas: Tensor, batches: Iterable[Any]) -> Tensor:
-        """Sums of losses times examples at some conditions, and of examples, on this rank."""
-        losses = self._losses(trainer, pl_module)
-        found = torch.zeros(len(gammas) + 1, device=pl_module.device)
-        with torch.no_grad():
-            for batch in batches:
-                weight = self._length(batch)
-                at = [self._loss_at(losses, gamma, batch) for gamma in gammas.to(pl_module.device)]
-                found += weight * torch.stack([*at, torch.ones_like(at[0])]).float()
-        return found
-
-    def _losses(self, trainer: Trainer, pl_module: LightningModule) -> ModuleLosses:
+    def _losses(self, trainer: Trainer, pl_module: LightningModule) -> ConditionLosses:
         context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.val_step_context
-        return ModuleLosses(pl_module, {}, None, self.val_loss, context)
+        return ConditionLosses(ModuleLosses(pl_module, {}, None, self.val_loss, context), self._nets)
 
-    def _loss_at(self, losses: ModuleLosses, gamma: Tensor, batch: Any) -> Tensor:
-        self._hand(gamma)
+    def _sums(self, trainer: Trainer, pl_module: LightningModule, gammas: Tensor, batches: Iterable[Any]) -> Tensor:
         try:
-            return losses.val([batch])({**losses.params}, {})
+            return self._losses(trainer, pl_module).sums(gammas.to(pl_module.device), batches)
         except NoLossError as error:
             self.raise_all([f"{error}."])
             raise
@@ -332,30 +321,27 @@ class ConditionedTraining(MethodCallback):
             self.held_out.detach()
 
     def _refine(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adam on the condition from the best of the grid; kept where the loss on all batches is lower."""
+        """Moves the condition from the best of the grid; kept where the loss on all batches is lower."""
+        size = sized_len(self._loader) or _STREAM
         if self._scored_at != trainer.global_step:
-            self._choose(self._grid, self._score(trainer, pl_module, self._grid, self._batches(trainer, pl_module)))
+            grid = self._sums(trainer, pl_module, self._grid, self._drawn_batches(trainer, pl_module, size))
+            self._choose(self._grid, grid)
         if not self.chosen:
             return
-        start = self._spec.encode(self.chosen).to(pl_module.device)
-        free, losses = self._spec.ranges().to(start), self._losses(trainer, pl_module)
-        gamma = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([gamma], self.lr)
-        for step in range(self.refine_steps):
-            (batch,) = self.handed_over(trainer, pl_module, [next(self.held_out)])
-            with torch.enable_grad():
-                (slope,) = torch.autograd.grad(self._loss_at(losses, gamma, batch), gamma)
-            gamma.grad = distributed.mean(slope) * free
-            optimizer.param_groups[0]["lr"] = self.lr * (1 - step / self.refine_steps)
-            optimizer.step()
-            gamma.data.clamp_(0, 1)
-        grid, both = self.losses, torch.stack([start, gamma.detach()])
-        self._choose(both.cpu(), self._score(trainer, pl_module, both, self._batches(trainer, pl_module)))
-        self.losses = grid
+        start, free = (t.to(pl_module.device) for t in (self._spec.encode(self.chosen), self._spec.ranges()))
+        batches = self._drawn_batches(trainer, pl_module, self.refine_steps)
+        found = self._losses(trainer, pl_module).refined(start, free, batches, self.refine_steps, self.lr)
+        if not bool(torch.isfinite(found).all()):
+            rank_zero_warn("A gradient in the condition was not finite; the choice is the best of the grid.")
+            return
+        losses, both = self.losses, torch.stack([start, found])
+        batches = self._drawn_batches(trainer, pl_module, size)
+        self._choose(both.cpu(), self._sums(trainer, pl_module, both, batches))
+        self.losses = losses
 
-    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterable[Any]:
-        """The validation data once."""
-        for _ in range(sized_len(self._loader) or _STREAM):
+    def _drawn_batches(self, trainer: Trainer, pl_module: LightningModule, count: int) -> Iterable[Any]:
+        """Some validation batches; as many as the loader has are all of them."""
+        for _ in range(count):
             yield from self.handed_over(trainer, pl_module, [next(self.held_out)])
 
     @override
@@ -363,7 +349,7 @@ class ConditionedTraining(MethodCallback):
         """Takes the condition back from the module."""
         self._hand(None)
         self.held_out.detach()
-        self._loader = self._sums = None
+        self._loader = self._totals = None
 
 
 def _whole(value: object) -> bool:

@@ -154,7 +154,7 @@ def test_the_grid_holds_the_losses_of_its_conditions_and_the_best_is_chosen():
     assert training.chosen == training.hyperparameters() == {"smoothing": pytest.approx(best / 8)}
     logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
     for index, loss in enumerate(expected):
-        assert logged[f"mip_hypernetworks/val_loss@smoothing={index / 8:.4g}"] == pytest.approx(loss, rel=1e-5)
+        assert logged[f"mip_hypernetworks/val_loss/smoothing_{index / 8:.4g}"] == pytest.approx(loss, rel=1e-5)
     assert logged["mip_hypernetworks/val_loss"] == pytest.approx(min(expected), rel=1e-5)
     assert logged["mip_hypernetworks/chosen_smoothing"] == training.chosen["smoothing"]
     assert 0 <= logged["mip_hypernetworks/smoothing"] < 0.5

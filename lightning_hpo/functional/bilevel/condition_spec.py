@@ -233,9 +233,9 @@ class ConditionSpec:
             gamma: ``(k)`` on the CPU.
 
         Returns:
-            Text such as ``"noise=0.25,task=1"``.
+            Text such as ``"noise_0.25_task_1"``, which every logger takes as a part of a name.
         """
-        return ",".join(f"{name}={value.item():.4g}" for name, value in self.decode(gamma).items())
+        return "_".join(f"{name}_{value.item():.4g}" for name, value in self.decode(gamma).items())
 
     @staticmethod
     def _points(condition: Condition, points: int) -> Tensor:
