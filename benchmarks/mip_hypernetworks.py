@@ -182,7 +182,7 @@ def draw(courses: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> Non
     for row, optimizer in enumerate(OPTIMIZERS):
         axes[row][0].set(title="at the beginning", xlabel="condition", xscale="log")
         axes[row][1].set(title=f"{optimizer}, all steps", xlabel="step", ylabel="norm of the gradient")
-        title = f"{optimizer}, all steps: median, 10th to 90th percentile"
+        title = f"{optimizer}, median and 80 % of the steps"
         axes[row][2].set(title=title, xlabel="condition", ylabel="norm of the gradient")
     axes[0][0].set_ylabel("norm of the gradient")
     axes[1][0].set_ylabel("std of a predicted kernel")
