@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec
 from lightning_hpo.nn.hyper_network import HyperNetwork
@@ -71,7 +72,7 @@ class Hypernetized(nn.Module):
 
         def one(weights: dict[str, Tensor], *inputs: Tensor) -> Any:
             found = torch.func.functional_call(self.module, weights, tuple(x[None] for x in inputs), kwargs)
-            return found[0]
+            return pytree.tree_map(lambda value: value[0], found)
 
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for batches of weights
             return torch.func.vmap(one, randomness="different")(predicted, *args)

@@ -205,3 +205,20 @@ def test_it_compiles_as_a_whole_and_once():
         for gamma in torch.rand(3, 1):
             hyper.gamma = gamma
             torch.testing.assert_close(compiled(x), hyper(x))
+
+
+def test_several_outputs_may_have_a_condition_for_each_example():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, scale):
+            return {"sum": self.layer(x), "rest": (x * scale, self.layer(x)[:, 0])}
+
+    hyper, x, gamma = hypernetize(Two(), 1), torch.randn(5, 4), torch.rand(5, 1)
+    found = hyper(x, gamma=gamma, scale=2.0)
+    loop = [hyper(x[i : i + 1], gamma=gamma[i], scale=2.0) for i in range(5)]
+    torch.testing.assert_close(found["sum"], torch.cat([one["sum"] for one in loop]))
+    torch.testing.assert_close(found["rest"][0], 2 * x)
+    torch.testing.assert_close(found["rest"][1], torch.cat([one["rest"][1] for one in loop]))
