@@ -238,7 +238,7 @@ CASES = [
         reasons={
             "resume": MISSED,
             "accumulation": "works, and micro-batches end like one batch in its own tests; the choice is made at "
-            "validations, which the generic test takes for steps within a window"
+            "validations, which the generic test takes for steps within a window",
         },
     ),
     # Every second step, so that ten steps hold some; at epoch ends in its own tests. FISTA, because L-BFGS turns the
