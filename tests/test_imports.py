@@ -24,17 +24,18 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
-    *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
+    *("condition_losses", "data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
     *("scaled_step", "batch_controller", "tuned_optimizer", "outer_parameters", "validation_loader", "indexed_data"),
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
-    *("whole_data", "perturbation", "response_training", "condition_losses"),
+    *("whole_data", "perturbation", "response_training"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
 RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "functional": (TORCH, L0),
     "nn": (TORCH | {"timm"}, L0),
+    "condition_losses": (TORCH, (*L0, "distributed", "module_losses", "whole_data")),
     "frozen": (TORCH, L0),
     "hyper": (TORCH, L0),
     "state": (TORCH, L0),
@@ -69,7 +70,6 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "whole_data": (TORCH, (*L0, "distributed")),
     "perturbation": (TORCH, (*L0, "distributed", "hyper")),
     "response_training": (TORCH, (*L0, "distributed", "module_losses", "perturbation")),
-    "condition_losses": (TORCH, (*L0, "distributed", "module_losses", "whole_data")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),
