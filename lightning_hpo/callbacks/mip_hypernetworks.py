@@ -177,7 +177,8 @@ class ConditionedTraining(MethodCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the data to refine the choice on."""
+        """Finds the data to refine the choice on; whoever tries a training step before the first has a condition."""
+        self._rest(pl_module)
         if self.refine_steps:
             self._loader = self.attach_held_out(trainer, self.held_out, self.val_dataloader)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hpo import ConditionedTraining, ConditionSpec, hypernetize
+from lightning_hpo import ConditionedTraining, ConditionSpec, MicroBatchFinder, hypernetize
 from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
 from lightning_hpo.testing import TinyClassifier, TinyImages, check_resume, fit, fit_two_ranks, tiny_trainer
 from lightning_hpo.testing.checkpoints import kill_and_resume
@@ -272,6 +272,12 @@ def test_parts_with_the_same_conditions_get_the_same():
     fit(ConditionedTraining(grid=0), module, TinyImages(), max_steps=3)
     assert len(found) == 3
     assert all(torch.equal(*pair) for pair in found)
+
+
+def test_a_step_may_be_tried_before_the_first():
+    module, finder = Family(), MicroBatchFinder(max_size=8)
+    fit(ConditionedTraining(grid=0), module, TinyImages(), finder, max_steps=1)
+    assert finder.micro_batch_size == 8
 
 
 def test_an_exception_takes_the_condition_back():
