@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
     from lightning_hpo.callbacks.maid import ConvexHeadTuning
     from lightning_hpo.callbacks.micro_batch import MicroBatchFinder
+    from lightning_hpo.callbacks.mip_hypernetworks import ConditionedTraining
     from lightning_hpo.callbacks.report import HyperparameterReport
     from lightning_hpo.callbacks.self_tuning_networks import SelfTuning
     from lightning_hpo.data import AdaptiveBatchSampler
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
         SimiGrad,
     )
     from lightning_hpo.functional.batching.ramps import LinearRamp, StageWise
+    from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec
     from lightning_hpo.functional.compression.schedule import PUBLISHED_SCHEDULES, TokenCompressionSchedule
     from lightning_hpo.functional.optim.adagrad_norm import AdaGradNorm
     from lightning_hpo.functional.optim.normalized_momentum import NormalizedMomentum
@@ -58,6 +60,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.maid_per_sample import PerSampleMAIDModule
     from lightning_hpo.models.self_tuning_networks import SelfTuningMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
+    from lightning_hpo.nn.mip_hypernetworks import hypernetize
     from lightning_hpo.tuners.data_driven_tuning import TaskDistributionTuner
 
 __all__ = [
@@ -72,6 +75,8 @@ __all__ = [
     "AugmentedTest",
     "BilevelMixin",
     "Choice",
+    "ConditionSpec",
+    "ConditionedTraining",
     "ConvexHeadTuning",
     "CoordinateTest",
     "DataHyperCleaning",
@@ -112,6 +117,7 @@ __all__ = [
     "TokenCompressionSchedule",
     "UnitInterval",
     "apply_token_compression",
+    "hypernetize",
     "remove_token_compression",
     "vit_macs",
 ]
@@ -127,6 +133,8 @@ _HOME = {
     "BilevelMixin": "models.implicit_differentiation",
     "CABS": "functional.batching.policies",
     "Choice": "hyper",
+    "ConditionSpec": "functional.bilevel.condition_spec",
+    "ConditionedTraining": "callbacks.mip_hypernetworks",
     "ConvexHeadTuning": "callbacks.maid",
     "CoordinateTest": "functional.batching.policies",
     "DataHyperCleaning": "models.bo_rep",
@@ -168,6 +176,7 @@ _HOME = {
     "TokenCompressionSchedule": "functional.compression.schedule",
     "UnitInterval": "hyper",
     "apply_token_compression": "nn.diffrate",
+    "hypernetize": "nn.mip_hypernetworks",
     "remove_token_compression": "nn.diffrate",
     "vit_macs": "nn.diffrate",
 }

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_hpo import (
     AdaptiveBatchSize,
+    ConditionedTraining,
+    ConditionSpec,
     ConvexHeadTuning,
     Hypergradient,
     HyperparameterSet,
@@ -19,6 +21,7 @@ from lightning_hpo import (
     SingleLoopHypergradient,
     TokenCompression,
     UnitInterval,
+    hypernetize,
 )
 from lightning_hpo.testing import TinyClassifier, TinyImages
 
@@ -103,8 +106,41 @@ class SmoothedEach(Smoothed):
         return ((1 - share) * right - share * logits.log_softmax(1).mean(1)).mean()
 
 
+class Conditioned(TinyClassifier):
+    """Weights that follow how much labels are smoothed; the middle where nobody says."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            spec = ConditionSpec().add("smoothing", 0.0, 0.5)
+            self.network = hypernetize(self.network, spec, include=("head.*", "blocks.3.mlp.*"), hidden=(8,))
+
+    def forward(self, images):
+        return self.network(images, gamma=self.network.spec.centre() if self.network.gamma is None else None)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        share = 0.25 if self.network.gamma is None else self.network.condition["smoothing"]
+        logs = self(images).log_softmax(1)
+        right = torch.nn.functional.nll_loss(logs, labels, reduction="none")
+        return ((1 - share) * right - share * logs.mean(1)).mean()
+
+
+class ShortEpochs(TinyImages):
+    """An epoch, and so a validation, every two steps of eight images."""
+
+    def __init__(self, batch_size=8):
+        super().__init__(batch_size)
+        self.train_set = Subset(self.train_set, range(16))
+
+
 HEAD = {"every_n_steps": 2, "steps": 2, "log_l2": 0.0, "bounds": (-2.0, 6.0), "solver": "fista"}
 HEAD |= {"maid_args": {"kappa": 1e-6}}
+MISSED = (
+    "works, bit for bit, but from a checkpoint of the last batch before a validation, which Lightning does not repeat: "
+    "training goes on as it would have, and the choice of that validation is missing until the next one"
+)
 ONCE = "it searches once, before training, and nothing moves afterwards; its own tests look at this"
 
 
@@ -174,6 +210,36 @@ CASES = [
         lambda: MicroBatchFinder(max_size=16),
         works_with=frozenset({"weights only", "checkpoint independence", "command line", "teardown"}),
         reasons=dict.fromkeys(("trains", "resume", "two ranks", "fits twice", "accumulation", "bf16"), ONCE),
+    ),
+    # Conditions are numbered, by batches or by examples: only the latter are the same however a batch is spread.
+    # Its own tests resume bit for bit from any other step, and compare everything but the choice from this one.
+    Case(
+        "ConditionedTraining",
+        "mip_hypernetworks",
+        ConditionedTraining,
+        Conditioned,
+        ShortEpochs,
+        works_with=EVERYTHING - {"two ranks", "accumulation", "resume"},
+        reasons={
+            "resume": MISSED,
+            "two ranks": "works, with another condition on each rank, so that a run is not that of one process; its "
+            "own tests compare what ranks draw and that they end alike",
+            "accumulation": "works, with another condition for each micro-batch, so that runs differ; its own tests "
+            "look at each of them",
+        },
+    ),
+    Case(
+        "ConditionedTraining-example",
+        "mip_hypernetworks",
+        lambda: ConditionedTraining(per_example=True),
+        Conditioned,
+        ShortEpochs,
+        works_with=EVERYTHING - {"accumulation", "resume"},
+        reasons={
+            "resume": MISSED,
+            "accumulation": "works, and micro-batches end like one batch in its own tests; the choice is made at "
+            "validations, which the generic test takes for steps within a window",
+        },
     ),
     # Every second step, so that ten steps hold some; at epoch ends in its own tests. FISTA, because L-BFGS turns the
     # rounding of sums into differences as large as the accuracy that is asked for; bounds away from what it would take

@@ -30,6 +30,7 @@ def test_there_is_a_script_for_each_question():
         "maid_overhead",
         "maid_quality",
         "micro_batch_cost",
+        "mip_hypernetworks",
         "rate_learning_step",
         "self_tuning_networks",
         "survival_mask",

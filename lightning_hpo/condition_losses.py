@@ -1,0 +1,105 @@
+"""The validation loss of a module with hypernetized parts as a function of their condition; no Trainer needed."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hpo import distributed
+from lightning_hpo.module_losses import ModuleLosses
+from lightning_hpo.nn.mip_hypernetworks import Hypernetized
+from lightning_hpo.whole_data import batch_length
+
+__all__ = ["ConditionLosses"]
+
+
+class ConditionLosses:
+    """Losses at conditions, and steps along their gradient, with all weights fixed.
+
+    The present condition of the parts is whatever was asked for last.
+
+    Args:
+        losses: The module's losses.
+        nets: Its hypernetized parts, all with the same conditions.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_hpo.nn.mip_hypernetworks import hypernetize
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = hypernetize(nn.Linear(1, 1), 1)
+        ...     def training_step(self, batch):
+        ...         return self.net(batch).sum() * 0 + (self.net.condition["gamma_0"] - 0.3) ** 2
+        ...     validation_step = training_step
+        >>> module = Net()
+        >>> losses = ConditionLosses(ModuleLosses(module, {}), [module.net])
+        >>> losses.sums(torch.tensor([[0.3], [1.3]]), [torch.ones(2, 1), torch.ones(4, 1)])
+        tensor([0.0000, 6.0000, 6.0000])
+        >>> gamma = losses.refined(torch.tensor([0.5]), torch.tensor([True]), [torch.ones(2, 1)] * 100, 100, lr=0.05)
+        >>> round(gamma.item(), 2)
+        0.3
+    """
+
+    def __init__(self, losses: ModuleLosses, nets: Sequence[Hypernetized]) -> None:
+        self.losses, self.nets = losses, nets
+
+    def at(self, gamma: Tensor, batch: Any) -> Tensor:
+        """The validation loss of a batch, differentiable in the condition.
+
+        Args:
+            gamma: ``(k)``.
+            batch: On the module's device.
+
+        Returns:
+            A scalar.
+        """
+        for net in self.nets:
+            net.gamma = gamma
+        return self.losses.val([batch])({**self.losses.params}, {})
+
+    @torch.no_grad()
+    def sums(self, gammas: Tensor, batches: Iterable[Any]) -> Tensor:
+        """Losses times examples at some conditions, and examples, summed over this rank's batches.
+
+        Args:
+            gammas: ``(n, k)``.
+            batches: On the module's device.
+
+        Returns:
+            ``(n + 1)``, in 32 bits.
+
+        Raises:
+            ValueError: If a batch has no length.
+        """
+        found = torch.zeros(len(gammas) + 1, device=gammas.device)
+        for batch in batches:
+            weight = batch_length(batch)
+            losses = torch.stack([self.at(gamma, batch) for gamma in gammas]).float()
+            found += weight * torch.cat([losses, torch.ones_like(losses[:1])])
+        return found
+
+    def refined(self, gamma: Tensor, free: Tensor, batches: Iterable[Any], steps: int, lr: float) -> Tensor:
+        """Steps of Adam on a condition, one a batch, with a learning rate that falls linearly to zero.
+
+        Args:
+            gamma: Where to begin, ``(k)``.
+            free: Which of the numbers may move, ``(k)``.
+            batches: On the module's device, as many on every rank; those of all ranks make one step.
+            steps: How many there are.
+            lr: First learning rate.
+
+        Returns:
+            The condition in the end, ``(k)``, within [0, 1].
+        """
+        gamma = gamma.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([gamma], lr)
+        for step, batch in enumerate(batches):
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(self.at(gamma, batch), gamma)
+            gamma.grad = distributed.mean(slope) * free
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            optimizer.step()
+            gamma.data.clamp_(0, 1)
+        return gamma.detach()

@@ -1,0 +1,119 @@
+"""Named conditions: maps there and back, refusals, grids, and draws that are the same wherever they are made."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_hpo import ConditionSpec
+from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+
+
+def spec():
+    return ConditionSpec().add("decay", 1e-6, 1e-1, log=True).add("task", categories=3).add("noise", -1.0, 3.0)
+
+
+def test_values_there_and_back():
+    gamma = spec().encode({"noise": torch.tensor([-1.0, 2.0]), "task": torch.tensor([0, 2]), "decay": 1e-3})
+    expected = [[0.6, 1, 0, 0, 0], [0.6, 0, 0, 1, 0.75]]
+    torch.testing.assert_close(gamma, torch.tensor(expected))
+    back = spec().decode(gamma)
+    assert list(back) == ["decay", "task", "noise"]
+    assert back["task"].tolist() == [0, 2]
+    torch.testing.assert_close(back["noise"], torch.tensor([-1.0, 2.0]))
+    torch.testing.assert_close(back["decay"], torch.full((2,), 1e-3), rtol=1e-5, atol=0)
+    one = spec().encode({"decay": 1e-1, "task": 1, "noise": 3.0})
+    assert one.tolist() == [1, 0, 1, 0, 1]
+    assert spec().encode(spec().decode(one)).tolist() == one.tolist()  # rounding at an end is forgiven
+
+
+def test_ranges_are_differentiable():
+    gamma = torch.tensor([0.5, 0, 1, 0, 0.5], dtype=torch.float64, requires_grad=True)
+    values = spec().decode(gamma)
+    values["decay"].backward()
+    assert gamma.grad[0].item() == pytest.approx(10**-3.5 * math.log(1e5))
+    spec().decode(gamma)["noise"].backward()
+    assert gamma.grad.tolist()[1:] == [0, 0, 0, 4]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.2, 9e-7])
+def test_values_that_are_refused(bad):
+    with pytest.raises(ValueError, match=r"`decay` must be from 1e-06 to 0\.1, got"):
+        spec().encode({"decay": bad, "task": 0, "noise": 0.0})
+
+
+def test_everything_that_is_wrong_is_listed():
+    with pytest.raises(ValueError) as error:
+        spec().encode({"decay": torch.tensor([[1e-3]]), "task": 1.5, "nose": 0.0})
+    for part in (
+        "there is no condition `nose`, but ['decay', 'task', 'noise']",
+        "`noise` is missing",
+        "`decay` must be a number, or one for each example, got shape (1, 1)",
+        "`task` must be a category from 0 to 2, got 1.5",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"low": 1.0, "high": 1.0}, "a range must be finite with low < high, got 1.0 and 1.0"),
+        ({"high": math.nan}, "low < high"),
+        ({"high": math.inf}, "finite"),
+        ({"low": 0.0, "log": True}, "on the logarithm must lie above 0, got low=0.0"),
+        ({"categories": 1}, "categories must be an integer of at least 2, got 1"),
+        ({"categories": 2, "high": 3.0}, "categories have no range"),
+    ],
+)
+def test_wrong_ranges(arguments, text):
+    with pytest.raises(ValueError, match=f"`x`: .*{text}"):
+        ConditionSpec().add("x", **arguments)
+
+
+def test_a_name_is_taken_once_and_specs_compare():
+    with pytest.raises(ValueError, match="there is a condition `noise` already"):
+        spec().add("noise")
+    assert spec() == spec()
+    assert spec() != ConditionSpec().add("decay")
+    assert len(spec()) == 5
+
+
+def test_grids():
+    grid = spec().grid(3)
+    assert grid.shape == (3 * 3 * 3, 5)
+    assert len({tuple(row) for row in grid.tolist()}) == 27
+    assert {row[4] for row in grid.tolist()} == {0, 0.5, 1}
+    assert spec().grid(1)[:, [0, 4]].unique().tolist() == [0.5]
+    assert spec().centre().tolist() == [0.5, 1, 0, 0, 0.5]
+    assert spec().ranges().tolist() == [True, False, False, False, True]
+    assert spec().label(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})) == "decay_0.001_task_2_noise_0.5"
+
+
+def test_categories_are_drawn_equally_often():
+    gamma = spec().from_uniform(sample_conditions(range(32 * 9), 3))
+    assert gamma[:, 1:4].sum(1).unique().tolist() == [1]
+    assert gamma[:, 1:4].sum(0).tolist() == pytest.approx([96] * 3, abs=9)
+    assert (gamma[:, [0, 4]] >= 0).all() & (gamma[:, [0, 4]] < 1).all()
+
+
+def test_a_draw_follows_from_its_number():
+    whole = sample_conditions(range(200), 2, seed=3)
+    torch.testing.assert_close(sample_conditions(range(57, 120), 2, seed=3), whole[57:120], rtol=0, atol=0)
+    ranks = [sample_conditions(range(10 + rank, 90, 4), 2, seed=3) for rank in range(4)]
+    assert torch.equal(torch.stack(ranks, 1).flatten(0, 1), whole[10:90])
+    assert not torch.equal(sample_conditions(range(200), 2, seed=4), whole)
+
+
+def test_strata_and_what_they_are_good_for():
+    """Means of 32 stratified draws scatter far less than those of independent ones: 1/n instead of 1/sqrt(n)."""
+    stratified, uniform = (
+        sample_conditions(range(3200), 2, stratified=s).unflatten(0, (100, 32)) for s in (True, False)
+    )
+    assert torch.equal((stratified * 32).long().sort(1).values[0, :, 1], torch.arange(32))
+    for draws in (stratified, uniform):
+        assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
+        assert draws.var().item() == pytest.approx(1 / 12, abs=0.005)
+    assert uniform.mean(1).std().item() == pytest.approx((1 / 12 / 32) ** 0.5, rel=0.2)
+    assert stratified.mean(1).std().item() == pytest.approx((1 / 12 / 32) ** 0.5 / 32, rel=0.2)
+    correlation = torch.corrcoef(stratified.flatten(0, 1).T)[0, 1]
+    assert abs(correlation) < 0.06
