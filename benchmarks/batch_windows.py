@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from unittest import mock
 
@@ -61,7 +61,11 @@ class Window:
 
 
 def paired_cost(model: nn.Module, batch: tuple[Tensor, Tensor], rounds: int) -> dict[str, float]:
-    """Both forms of the step in turn, in changing order, in CPU time: what the second costs relative to the first."""
+    """Both forms of the step in turn, in changing order, in CPU time.
+
+    Returns:
+        `cost`: the second relative to the first, a median; `inside`: the estimator's time over the rest of its step.
+    """
     alone, observed = (Window(copy.deepcopy(model), batch, observed) for observed in (False, True))
     ratios, inside = [], []
     for turn in range(-3, rounds):
@@ -70,14 +74,16 @@ def paired_cost(model: nn.Module, batch: tuple[Tensor, Tensor], rounds: int) -> 
         if turn >= 0:
             ratios.append(spent[observed] / spent[alone])
             inside.append(observed.inside / (spent[observed] - observed.inside))
-    ratios.sort()
-    middle, reach = rounds // 2, math.ceil(0.98 * math.sqrt(rounds))  # order statistics that enclose the median
-    figures = {
-        "cost": statistics.median(ratios),
-        "low": ratios[max(middle - reach, 0)],
-        "high": ratios[min(middle + reach, rounds - 1)],
-        "quartile_1": ratios[rounds // 4],
-        "quartile_3": ratios[3 * rounds // 4],
-        "inside": statistics.median(inside),
-    }
-    return {"rounds": rounds, **{name: round(value, 4) for name, value in figures.items()}}
+    return {"cost": statistics.median(ratios), "inside": statistics.median(inside)}
+
+
+def pooled(processes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over processes with two standard errors to either side, and how far single processes spread."""
+    costs = [figures["cost"] for figures in processes]
+    mean = statistics.fmean(costs)
+    reach = 0.0
+    if len(costs) > 1:
+        reach = 2 * statistics.stdev(costs) / math.sqrt(len(costs))
+    inside = statistics.fmean(figures["inside"] for figures in processes)
+    figures = {"cost": mean, "low": mean - reach, "high": mean + reach, "least": min(costs), "most": max(costs)}
+    return {"processes": len(costs)} | {name: round(value, 4) for name, value in {**figures, "inside": inside}.items()}

@@ -56,12 +56,12 @@ def _steps(kind: str, batch_size: int) -> dict[str, Callable[[], Any]]:
 
         return step
 
-    def tuned(mode: Mode) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def tuned(mode: Mode, parts: int = 2) -> tuple[Callable[[], Any], Callable[[], Any]]:
         module = Classifier(kind)
         sets = {"": module.hypers}
         perturbation = Perturbation(sets)
         response = convert(module.net, perturbation.inputs)
-        training = ResponseTraining(response, perturbation, ModuleLosses(module, sets), mode, module.net)
+        training = ResponseTraining(response, perturbation, ModuleLosses(module, sets), mode, module.net, parts=parts)
         optimizers = [torch.optim.SGD(p.parameters(), lr=1e-3, momentum=0.9) for p in (module.net, response)]
         for raw in perturbation.raw_parameters():
             raw.requires_grad_(False)
@@ -80,8 +80,15 @@ def _steps(kind: str, batch_size: int) -> dict[str, Callable[[], Any]]:
         return step, lambda: training.hypergradient([batch], 1e-3)
 
     delta, update = tuned("delta")
+    whole, _ = tuned("delta", parts=1)
     stn, _ = tuned("stn")
-    return {"plain step": plain(), "Δ-STN step": delta, "STN step": stn, "update": update}
+    return {
+        "plain step": plain(),
+        "Δ-STN step": delta,
+        "Δ-STN step, whole batch": whole,
+        "STN step": stn,
+        "update": update,
+    }
 
 
 def cost_rows(quick: bool) -> list[dict[str, Any]]:

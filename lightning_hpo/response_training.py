@@ -7,15 +7,17 @@ from typing import Any, Literal
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_hpo import distributed
 from lightning_hpo.module_losses import ModuleLosses
 from lightning_hpo.nn.self_tuning_networks import BestResponse
 from lightning_hpo.perturbation import Noise, Perturbation
 
-__all__ = ["Mode", "NoResponseError", "ResponseTraining", "rows_of"]
+__all__ = ["Mode", "NoResponseError", "ResponseTraining", "part_of", "rows_of"]
 
 Mode = Literal["delta", "stn"]
+_CONSTANTS = (bool, int, float, str, bytes, type(None))
 
 
 class NoResponseError(ValueError):
@@ -34,6 +36,7 @@ class ResponseTraining:
         part: The part of the module whose output is the prediction.
         seed: Decides the noise.
         linearised: Losses for the linearised pass, where they are others: autocast has no forward mode for every layer.
+        parts: Into how many parts a batch is cut for the linearised pass, which sees one of them, in turn.
 
     Example:
         >>> from lightning_hpo import HyperparameterSet, UnitInterval
@@ -63,13 +66,24 @@ class ResponseTraining:
         part: nn.Module | None = None,
         seed: int = 0,
         linearised: ModuleLosses | None = None,
+        parts: int = 1,
     ) -> None:
+        self.parts, self._turn = parts, 0
         self.linearised = losses if linearised is None else linearised
         self.response, self.perturbation, self.losses, self.mode = response, perturbation, losses, mode
         self.part = response.network if part is None else part
         self.noise, self.held_out_noise = Noise(len(perturbation), 2 * seed), Noise(len(perturbation), 2 * seed + 1)
 
     # Training batches
+
+    def begin(self, step: int) -> None:
+        """Begins a training step.
+
+        Args:
+            step: Its number, on which alone noise and part depend.
+        """
+        self.noise.begin(step)
+        self._turn = step
 
     def perturb(self, batch: Any) -> None:
         """Gives each example of a batch its hyperparameters, and the network the weights for them.
@@ -98,7 +112,7 @@ class ResponseTraining:
         return self.perturbation.encoded(self.perturbation.raw().detach()) if self.mode == "stn" else None
 
     def respond(self, batch: Any, weight: float = 1.0) -> None:
-        """Adds the gradient of the response on a batch, in the network linearised at the present hyperparameters.
+        """Adds the gradient of the response on a part of a batch, linearised at the present hyperparameters.
 
         Args:
             batch: A training batch.
@@ -109,6 +123,7 @@ class ResponseTraining:
         """
         with torch.no_grad():
             rows = self._rows(self.noise, batch)
+            batch, rows = part_of((batch, rows), self.parts, self._turn)
             direction = self.perturbation.direction(rows)
         general = {name: p.detach() for name, p in self.losses.params.items()}
         self.replace(rows)
@@ -216,3 +231,37 @@ def rows_of(batch: Any) -> int:
         except ValueError:
             continue
     raise ValueError(f"a batch must hold a tensor with examples along its first dimension, got {type(batch).__name__}")
+
+
+def part_of(batch: Any, parts: int, turn: int) -> Any:
+    """One of several consecutive parts of a batch, in views of its tensors.
+
+    Args:
+        batch: Tensors in dictionaries, lists and tuples; those with as many rows as the first are cut, and lists of
+            as many constants.
+        parts: How many parts there are.
+        turn: Which one is next, modulo their number.
+
+    Returns:
+        The part; the whole batch if a part had less than two examples, which batch norm would refuse, or if there is
+        something besides tensors and constants in it, which may hold examples.
+
+    Example:
+        >>> part_of({"x": torch.arange(5), "weight": 0.5}, parts=2, turn=3)
+        {'x': tensor([2, 3, 4]), 'weight': 0.5}
+    """
+    size = rows_of(batch)
+    if parts == 1 or size < 2 * parts:
+        return batch
+    place = turn % parts
+    own = slice(place * size // parts, (place + 1) * size // parts)
+
+    def listed(node: Any) -> bool:  # names or numbers, one for each example
+        return isinstance(node, (list, tuple)) and len(node) == size and all(isinstance(e, _CONSTANTS) for e in node)
+
+    def cut(leaf: Any) -> Any:
+        return leaf[own] if listed(leaf) or (isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)) else leaf
+
+    leaves, structure = tree_flatten(batch, is_leaf=listed)
+    known = all(isinstance(leaf, (Tensor, *_CONSTANTS)) or listed(leaf) for leaf in leaves)
+    return tree_unflatten([cut(leaf) for leaf in leaves], structure) if known else batch

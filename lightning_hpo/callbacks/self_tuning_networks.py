@@ -57,6 +57,8 @@ class SelfTuning(MethodCallback):
         valid_steps: Validation batches, each with an update, at a time.
         warmup_steps: Optimizer steps before the first update.
         response_every: Optimizer steps from one second pass of ``"delta"`` to the next.
+        response_parts: Into how many parts a batch is cut for that pass, which sees one of them, in turn: it costs
+            more than a plain step on the same examples. 1 shows it the whole batch.
         scale: Standard deviation of the perturbation in units of raw values, one or by name.
         tune_scales: Whether the validation loss tunes it, too.
         entropy_weight: :math:`\tau`, what keeps a tuned scale from vanishing.
@@ -109,6 +111,7 @@ class SelfTuning(MethodCallback):
         valid_steps: int = 1,
         warmup_steps: int = 500,
         response_every: int = 1,
+        response_parts: int = 2,
         scale: float | dict[str, float] = 1.0,
         tune_scales: bool = True,
         entropy_weight: float = 1e-3,
@@ -128,7 +131,7 @@ class SelfTuning(MethodCallback):
         super().__init__()
         self.hypers, self.dropout = hypers, (dropout,) if isinstance(dropout, str) else tuple(dropout)
         self.mode, self.train_steps, self.valid_steps, self.warmup_steps = mode, train_steps, valid_steps, warmup_steps
-        self.response_every = response_every
+        self.response_every, self.response_parts = response_every, response_parts
         self.scale, self.tune_scales, self.entropy_weight = scale, tune_scales, entropy_weight
         self.per_batch, self.lr, self.max_change, self.encoding = tuple(per_batch), lr, max_change, encoding
         self.network, self.exclude, self.val_dataloader = network, tuple(exclude), val_dataloader
@@ -161,6 +164,7 @@ class SelfTuning(MethodCallback):
             f"valid_steps must be a positive integer, got {self.valid_steps!r}": _whole(self.valid_steps, 1),
             f"warmup_steps must be an integer of at least 0, got {self.warmup_steps!r}": _whole(self.warmup_steps, 0),
             f"response_every must be a positive integer, got {self.response_every!r}": _whole(self.response_every, 1),
+            f"response_parts must be a positive integer, got {self.response_parts!r}": _whole(self.response_parts, 1),
             f"response_every={self.response_every} is for mode='delta'": self.mode == "delta"
             or self.response_every == 1,
             f"lr must be positive, got {self.lr!r}": _positive(self.lr),
@@ -283,7 +287,9 @@ class SelfTuning(MethodCallback):
             full = ModuleLosses(pl_module, self._sets, self.train_loss, self.val_loss)  # without autocast
         name = response.common_part()
         part = response.network.get_submodule(name) if self.network is None else response.network
-        self._training = ResponseTraining(response, perturbation, losses, self.mode, part, self.seed, full)
+        self._training = ResponseTraining(
+            response, perturbation, losses, self.mode, part, self.seed, full, self.response_parts
+        )
         self._training.settle()
 
     @override
@@ -338,7 +344,7 @@ class SelfTuning(MethodCallback):
         """Perturbs the hyperparameters of the batch, or learns the response to them on it."""
         training = self._loop()
         if not self._window:
-            training.noise.begin(self.steps)
+            training.begin(self.steps)
         self._window += 1
         try:
             if self.mode == "stn":

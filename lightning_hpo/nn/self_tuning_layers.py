@@ -156,9 +156,11 @@ def respond(layer: Any, x: Tensor, call: Callable[[Tensor, Tensor, Tensor | None
         return call(x, layer.weight, layer.bias)
     response, inputs, direction = own.response, own.source.inputs, own.source.direction
     if direction is not None:
-        out, gates = call(x, layer.weight, layer.bias), response.gates(direction)
-        seen = forward_ad.unpack_dual(x).primal  # the response is 0 here, and so is its part of the chain rule
-        return with_slope(out, lambda value: response_branch(seen, call, response.pair(), gates, value, channel))
+        seen, slope = forward_ad.unpack_dual(x)
+        out, gates = call(seen, layer.weight, layer.bias), response.gates(direction)
+        branch = response_branch(seen, call, response.pair(), gates, out, channel).to(out.dtype)
+        # The response is 0 here, and so is its part of the chain rule.
+        return forward_ad.make_dual(out, branch if slope is None else call(slope, layer.weight, None) + branch)
     if inputs is not None and inputs.ndim == 1:
         return call(x, *response.folded(layer.weight, layer.bias, inputs))
     return structured(x, call, (layer.weight, layer.bias), response.pair(), response.gates(inputs), channel)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from lightning_hpo.functional.bilevel.best_response import per_row
@@ -92,7 +93,14 @@ def drop(x: Tensor, rate: Setting, per: Literal["element", "channel"] = "element
     shape = x.shape if per == "element" else (*x.shape[:2], *[1] * (x.ndim - 2))
     # At full precision: in half of it rates would be rounded to multiples of 1/256.
     mask = torch.rand(shape, device=x.device) < kept
-    return x * (mask / kept).to(x.dtype)
+    return _times(x, (mask / kept).to(x.dtype))
+
+
+def _times(x: Tensor, constant: Tensor) -> Tensor:
+    """The product; torch's own takes a hundred times as long for a dual number times one without a slope."""
+    value, slope = forward_ad.unpack_dual(x)
+    product = value * constant
+    return product if slope is None else forward_ad.make_dual(product, slope * constant)
 
 
 class _SwappedDropout(nn.Dropout):

@@ -15,7 +15,7 @@ from lightning_hpo.module_losses import ModuleLosses
 from lightning_hpo.nn.self_tuning_networks import convert
 from lightning_hpo.nn.self_tuning_regularisers import TunedDropout
 from lightning_hpo.perturbation import Perturbation
-from lightning_hpo.response_training import ResponseTraining
+from lightning_hpo.response_training import ResponseTraining, part_of
 from lightning_hpo.testing import TinyClassifier, TinyImages, tiny_trainer
 
 
@@ -215,6 +215,40 @@ def test_the_response_step_is_the_gradient_of_the_linearised_loss():
     assert all(p.grad is None for p in net.parameters())  # general weights and hyperparameters learn elsewhere
 
 
+def test_the_parts_of_a_batch_have_together_the_gradient_of_the_whole():
+    net = Small()
+    sets = {"": net.hypers}
+    perturbation = Perturbation(sets, 0.7).double()
+    response = convert(net.net, perturbation.inputs, gate_std=0.8)
+    batch = (torch.randn(6, 3).double(), torch.tensor([0, 1] * 3))
+    net.drop.eval()
+
+    def gradients(parts):
+        training = ResponseTraining(response, perturbation, ModuleLosses(net, sets), parts=parts)
+        found = []
+        for turn in range(4, 4 + parts):
+            response.zero_grad()
+            training.begin(turn)
+            training.noise.begin(0)  # the same perturbations for all
+            training.respond(batch)
+            found.append([p.grad.clone() for p in response.parameters()])
+        return found
+
+    (whole,), thirds = gradients(1), gradients(3)
+    for expected, *own in zip(whole, *thirds, strict=True):
+        torch.testing.assert_close(sum(own) / 3, expected, rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(own[0], own[1])
+
+
+def test_a_batch_is_cut_only_where_it_is_known_what_its_examples_are():
+    x, y = torch.arange(8.0).view(4, 2), torch.arange(4)
+    assert [part_of((x, [y]), 2, turn)[1][0].tolist() for turn in range(3)] == [[0, 1], [2, 3], [0, 1]]
+    assert part_of((x, {"length": 4}), 2, 1)[0].tolist() == [[4, 5], [6, 7]]
+    for uncut in ((x[:3], y[:3]), (x, {"graph": object()})):  # too small; nobody knows what is in it
+        assert part_of(uncut, 2, 1) is uncut
+    assert part_of((x, ["a", "b", "c", "d"]), 2, 1)[1] == ["c", "d"]
+
+
 # In the Trainer
 
 
@@ -283,7 +317,7 @@ def test_delta_leaves_the_training_of_the_network_as_it_was_bit_for_bit():
     for name, value in plain.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
     passes = [tuple(seen["smooth"].shape) for seen in ours.seen]
-    assert passes == [(8,), ()] * 12
+    assert passes == [(4,), ()] * 12  # the second pass sees half of a batch of 8
 
 
 def test_the_second_pass_may_be_left_out_now_and_then():
