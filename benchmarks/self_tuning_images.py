@@ -17,7 +17,7 @@ from lightning_hpo.nn.self_tuning_regularisers import TunedDropout, TunedInputSc
 __all__ = ["image_task"]
 
 TRAIN, VAL, TEST = 3000, 1000, 2000
-EPOCHS, TRIALS, RANDOM = 40, 5, 2
+EPOCHS, TRIALS, RANDOM = 28, 4, 2
 WIDTHS = (16, 32, 48, 48, 32)
 RANGES = {
     **{f"conv_{i}": Range(0.0, 0.9) for i in range(5)},
@@ -93,7 +93,7 @@ def image_task(quick: bool) -> SearchTask:
         parts.append(TensorDataset(*(t[:TEST] for t in kept)))
     normalise = Normalise(parts[0].tensors[0])
     build = partial(AlexNetLike, normalise, 10)
-    tuning = {"warmup_steps": 2 if quick else 250, "train_steps": 2}
+    tuning = {"warmup_steps": 2 if quick else 190, "train_steps": 2, "lr": 0.02, "scale": 0.5, "tune_scales": False}
     return SearchTask("CIFAR-10", "images", RANGES, parts, build, EPOCHS, TRIALS, RANDOM, 32, tuning)
 
 

@@ -19,9 +19,9 @@ from lightning_hpo.nn.setting import Setting
 __all__ = ["text_task"]
 
 END, UNKNOWN = 0, 1
-LENGTH = 32  # words that an example predicts
-SENTENCES, SIZE = 1500, 64
-EPOCHS, TRIALS, RANDOM = 40, 5, 2
+LENGTH = 16  # words that an example predicts
+TRAIN, TEST, SIZE = 1500, 1000, 64  # sentences, units of a layer
+EPOCHS, TRIALS, RANDOM = 28, 4, 2
 RANGES = {
     **{name: Range(0.0, 0.9) for name in ("embedding", "input", "hidden", "output", "weight_drop")},
     **{name: Range(0.01, 10.0, kind="log") for name in ("alpha", "beta")},
@@ -95,12 +95,13 @@ def text_task(quick: bool) -> SearchTask:
     else:
         folder = data_root(None) / "sst2"
         read = [_sentences((folder / f"{part}.tsv").read_text(encoding="utf-8")) for part in ("train", "dev", "test")]
-        read[0] = read[0][:SENTENCES]
+        read = [read[0][:TRAIN], read[1], read[2][:TEST]]
         vocabulary = vocabulary_of(read[0], min_count=3)
         parts, words = [windows(part, vocabulary) for part in read], len(vocabulary) + 2
     build = partial(LanguageModel, words, 16 if quick else SIZE)
-    tuning = {"warmup_steps": 2 if quick else 250, "train_steps": 2, "per_batch": ("weight_drop",)}
-    sizes = EPOCHS, TRIALS, RANDOM, 16
+    tuning: dict[str, Any] = {"warmup_steps": 2 if quick else 120, "train_steps": 2, "lr": 0.02, "tune_scales": False}
+    tuning |= {"per_batch": ("weight_drop",)}
+    sizes = EPOCHS, TRIALS, RANDOM, 32
     return SearchTask("SST-2, next word", "text", RANGES, parts, build, *sizes, tuning, clip=0.25)
 
 
