@@ -93,7 +93,9 @@ def image_task(quick: bool) -> SearchTask:
         parts.append(TensorDataset(*(t[:TEST] for t in kept)))
     normalise = Normalise(parts[0].tensors[0])
     build = partial(AlexNetLike, normalise, 10)
-    tuning = {"warmup_steps": 2 if quick else 190, "train_steps": 2, "lr": 0.02, "scale": 0.5, "tune_scales": False}
+    common = {"warmup_steps": 2 if quick else 190, "train_steps": 2}
+    delta = {"scale": 0.5, "entropy_weight": 1e-4, "lr": 0.02}
+    tuning = {"STN": common, "Δ-STN": common | delta}
     return SearchTask("CIFAR-10", "images", RANGES, parts, build, EPOCHS, TRIALS, RANDOM, 32, tuning)
 
 

@@ -67,7 +67,7 @@ class Course(Callback):
 def fit(task: SearchTask, seed: int, epochs: int, fixed: Mapping[str, float] | None, **settings: Any) -> Course:
     """One run, at fixed values or at those that it tunes."""
     torch.manual_seed(seed)
-    method = SelfTuning(**{**task.tuning, "seed": seed, **settings}) if fixed is None else None
+    method = SelfTuning(seed=seed, **settings) if fixed is None else None
     course = Course(task, method)
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     quiet |= {"enable_model_summary": False, "accelerator": "cpu", "num_sanity_val_steps": 0}
@@ -125,7 +125,7 @@ def run(task: SearchTask, method: str, seed: int) -> dict[str, Any]:
         courses, values = search(task, seed, task.epochs, looks[method])
     else:
         fixed = task.initial() if method == "initial values" else None
-        courses = [fit(task, seed, task.epochs, fixed, **TUNED.get(method, {}))]
+        courses = [fit(task, seed, task.epochs, fixed, **TUNED.get(method, {}), **task.tuning.get(method, {}))]
         values = courses[0].values
     best = min(courses, key=lambda course: course.best["val_loss"]).best
     return {

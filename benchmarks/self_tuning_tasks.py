@@ -74,7 +74,7 @@ class SearchTask:
         trials: Of a search.
         random_trials: How many of them are random before the estimator begins.
         batch: Examples a batch.
-        tuning: Arguments of :class:`SelfTuning`.
+        tuning: Arguments of :class:`SelfTuning` by method.
         clip: Largest norm of a gradient.
     """
 
@@ -87,7 +87,7 @@ class SearchTask:
     trials: int
     random_trials: int
     batch: int
-    tuning: Mapping[str, Any]
+    tuning: Mapping[str, Mapping[str, Any]]
     clip: float | None = None
 
     def initial(self) -> dict[str, float]:
