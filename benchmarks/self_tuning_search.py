@@ -157,6 +157,20 @@ def methods() -> list[str]:
     return [*TUNED, *FIXED]
 
 
+def report(chosen: Any, tasks: Sequence[SearchTask], runs: list[dict[str, Any]]) -> None:
+    """Tables, pictures and the JSON file."""
+    rows = summary(runs)
+    columns = {"val_loss": ".4f", "test_loss": ".4f", "test_accuracy": ".4f", "cpu_s": ".1f"}
+    show("Means over seeds", rows, {"task": "", "method": "", "seeds": "d", **columns})
+    if not chosen.quick:
+        for task in tasks:
+            own = [r for r in runs if r["task"] == task.name]
+            draw_schedules(task, own, list(TUNED), ASSETS / f"self_tuning_search_{task.short}_schedules.png")
+        draw_progress(tasks, runs, ASSETS / "self_tuning_search_progress.png")
+    single = [{k: v for k, v in r.items() if k not in ("course", "seconds", "values")} for r in runs]
+    conclude(__file__, chosen, rows, runs=single)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs everything."""
     keep: tuple[str, dict[str, Any]] = ("--keep", {"type": Path, "help": "JSON lines of finished runs"})
@@ -174,16 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if path is not None:
                         with path.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(runs[-1]) + "\n")
-    rows = summary(runs)
-    columns = {"val_loss": ".4f", "test_loss": ".4f", "test_accuracy": ".4f", "cpu_s": ".1f"}
-    show("Means over seeds", rows, {"task": "", "method": "", "seeds": "d", **columns})
-    if not chosen.quick:
-        for task in tasks:
-            own = [r for r in runs if r["task"] == task.name]
-            draw_schedules(task, own, list(TUNED), ASSETS / f"self_tuning_search_{task.short}_schedules.png")
-        draw_progress(tasks, runs, ASSETS / "self_tuning_search_progress.png")
-    single = [{k: v for k, v in r.items() if k not in ("course", "seconds", "values")} for r in runs]
-    conclude(__file__, chosen, rows, runs=single)
+    report(chosen, tasks, runs)
 
 
 if __name__ == "__main__":
