@@ -33,6 +33,7 @@ def test_there_is_a_script_for_each_question():
         "mip_hypernetworks",
         "rate_learning_step",
         "self_tuning_networks",
+        "self_tuning_search",
         "survival_mask",
         "task_distribution",
         "token_compression_quality",
