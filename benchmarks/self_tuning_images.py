@@ -93,9 +93,9 @@ def image_task(quick: bool) -> SearchTask:
         parts.append(TensorDataset(*(t[:TEST] for t in kept)))
     normalise = Normalise(parts[0].tensors[0])
     build = partial(AlexNetLike, normalise, 10)
-    common = {"warmup_steps": 2 if quick else 190, "train_steps": 2}
+    common: dict[str, Any] = {"warmup_steps": 2 if quick else 190, "train_steps": 2}
     delta = {"scale": 0.5, "entropy_weight": 1e-4, "lr": 0.02}
-    tuning = {"STN": common, "Δ-STN": common | delta}
+    tuning: dict[str, dict[str, Any]] = {"STN": common, "Δ-STN": common | delta}
     return SearchTask("CIFAR-10", "images", RANGES, parts, build, EPOCHS, TRIALS, RANDOM, 32, tuning)
 
 

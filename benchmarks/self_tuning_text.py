@@ -99,8 +99,13 @@ def text_task(quick: bool) -> SearchTask:
         vocabulary = vocabulary_of(read[0], min_count=3)
         parts, words = [windows(part, vocabulary) for part in read], len(vocabulary) + 2
     build = partial(LanguageModel, words, 16 if quick else SIZE)
-    common = {"warmup_steps": 2 if quick else 120, "train_steps": 2, "tune_scales": False, "per_batch": ["weight_drop"]}
-    tuning = {"STN": common, "Δ-STN": common | {"lr": 0.02}}
+    common: dict[str, Any] = {
+        "warmup_steps": 2 if quick else 120,
+        "train_steps": 2,
+        "tune_scales": False,
+        "per_batch": ["weight_drop"],
+    }
+    tuning: dict[str, dict[str, Any]] = {"STN": common, "Δ-STN": common | {"lr": 0.02}}
     sizes = EPOCHS, TRIALS, RANDOM, 32
     return SearchTask("SST-2, next word", "text", RANGES, parts, build, *sizes, tuning, clip=0.25)
 
