@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from typing_extensions import override
 
 from lightning_hpo import distributed
+from lightning_hpo.functional.seeding import mix_seed
 
 __all__ = ["HeldOutBatches"]
 
@@ -107,7 +108,7 @@ class HeldOutBatches:
 
     def _seed(self, position: int) -> None:
         """Makes the random numbers of samplers and augmentations follow from the position."""
-        torch.default_generator.manual_seed((self.seed + self.epoch) * 2**32 + position)
+        torch.default_generator.manual_seed(mix_seed(self.seed, self.epoch, position))
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and position of the next batch, for any number of ranks and any batch size."""

@@ -16,6 +16,7 @@ from lightning_hpo.functional.bilevel.best_response import (
     entropy,
     perturbed,
 )
+from lightning_hpo.functional.seeding import mix_seed
 from lightning_hpo.hyper import HyperparameterSet, Integer, Interval, Simplex
 
 __all__ = ["Noise", "Perturbation"]
@@ -221,7 +222,7 @@ class Noise:
         Args:
             step: Its number, on which alone the noise depends.
         """
-        self._generator.manual_seed(self.seed * 2**32 + step)
+        self._generator.manual_seed(mix_seed(self.seed, step))
 
     def rows(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """The next rows of this step.

@@ -1,23 +1,22 @@
 """What a step of a self-tuning network computes: no Trainer needed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_hpo import distributed
+from lightning_hpo.batch_parts import part_of, rows_of
 from lightning_hpo.module_losses import ModuleLosses
 from lightning_hpo.nn.self_tuning_networks import BestResponse
 from lightning_hpo.perturbation import Noise, Perturbation
 
-__all__ = ["Mode", "NoResponseError", "ResponseTraining", "part_of", "rows_of"]
+__all__ = ["Mode", "NoResponseError", "ResponseTraining"]
 
 Mode = Literal["delta", "stn"]
-_CONSTANTS = (bool, int, float, str, bytes, type(None))
 
 
 class NoResponseError(ValueError):
@@ -111,19 +110,23 @@ class ResponseTraining:
         """What the network responds to outside of training batches; None where that is nothing."""
         return self.perturbation.encoded(self.perturbation.raw().detach()) if self.mode == "stn" else None
 
-    def respond(self, batch: Any, weight: float = 1.0) -> None:
+    def respond(self, batch: Any, place: int = 0, of: int = 1) -> None:
         """Adds the gradient of the response on a part of a batch, linearised at the present hyperparameters.
 
         Args:
-            batch: A training batch.
-            weight: Its weight.
+            batch: A training batch, or a micro-batch of it.
+            place: Which of the micro-batches it is.
+            of: How many there are.
 
         Raises:
             NoResponseError: If the prediction does not come out of the part, or does not depend on the response.
         """
         with torch.no_grad():
             rows = self._rows(self.noise, batch)
-            batch, rows = part_of((batch, rows), self.parts, self._turn)
+            own, weight = part_of((batch, rows), self.parts, self._turn, place, of)
+            if own is None:
+                return
+            batch, rows = own
             direction = self.perturbation.direction(rows)
         general = {name: p.detach() for name, p in self.losses.params.items()}
         self.replace(rows)
@@ -142,9 +145,10 @@ class ResponseTraining:
         parameters = list(self.response.parameters())
         if not loss.requires_grad:
             raise NoResponseError("the training loss does not depend on the converted layers")
-        for parameter, grad in zip(
-            parameters, torch.autograd.grad(loss * weight, parameters, allow_unused=True), strict=True
-        ):
+        grads = torch.autograd.grad(loss * weight, parameters, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise NoResponseError("the training loss does not depend on the converted layers")
+        for parameter, grad in zip(parameters, grads, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
@@ -204,64 +208,3 @@ def _wanting_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for p, wanted in zip(parameters, before, strict=True):
             p.requires_grad_(wanted)
-
-
-def rows_of(batch: Any) -> int:
-    """How many examples a batch has: the first dimension of the first tensor in it.
-
-    Args:
-        batch: Tensors in any nesting.
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: If there is no tensor.
-
-    Example:
-        >>> rows_of({"x": [torch.zeros(5, 2)]})
-        5
-    """
-    if isinstance(batch, Tensor) and batch.ndim:
-        return batch.shape[0]
-    inside = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    for item in inside:
-        try:
-            return rows_of(item)
-        except ValueError:
-            continue
-    raise ValueError(f"a batch must hold a tensor with examples along its first dimension, got {type(batch).__name__}")
-
-
-def part_of(batch: Any, parts: int, turn: int) -> Any:
-    """One of several consecutive parts of a batch, in views of its tensors.
-
-    Args:
-        batch: Tensors in dictionaries, lists and tuples; those with as many rows as the first are cut, and lists of
-            as many constants.
-        parts: How many parts there are.
-        turn: Which one is next, modulo their number.
-
-    Returns:
-        The part; the whole batch if a part had less than two examples, which batch norm would refuse, or if there is
-        something besides tensors and constants in it, which may hold examples.
-
-    Example:
-        >>> part_of({"x": torch.arange(5), "weight": 0.5}, parts=2, turn=3)
-        {'x': tensor([2, 3, 4]), 'weight': 0.5}
-    """
-    size = rows_of(batch)
-    if parts == 1 or size < 2 * parts:
-        return batch
-    place = turn % parts
-    own = slice(place * size // parts, (place + 1) * size // parts)
-
-    def listed(node: Any) -> bool:  # names or numbers, one for each example
-        return isinstance(node, (list, tuple)) and len(node) == size and all(isinstance(e, _CONSTANTS) for e in node)
-
-    def cut(leaf: Any) -> Any:
-        return leaf[own] if listed(leaf) or (isinstance(leaf, Tensor) and leaf.shape[:1] == (size,)) else leaf
-
-    leaves, structure = tree_flatten(batch, is_leaf=listed)
-    known = all(isinstance(leaf, (Tensor, *_CONSTANTS)) or listed(leaf) for leaf in leaves)
-    return tree_unflatten([cut(leaf) for leaf in leaves], structure) if known else batch

@@ -127,6 +127,12 @@ def test_random_numbers_follow_from_the_position_and_training_keeps_its_own(samp
     assert drawn(resumed, 4) == rest
 
 
+def test_augmentations_follow_the_seed_and_the_epoch():
+    data = Augmented(torch.zeros(4))
+    numbers = [v for seed in range(3) for batch in drawn(attached(DataLoader(data, 2), seed), 6) for v in batch]
+    assert len(set(numbers)) == len(numbers) == 36
+
+
 def test_a_stream_is_shared_out_over_the_ranks(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "rank", lambda: 1)

@@ -28,7 +28,7 @@ L1 = (
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
     *("scaled_step", "batch_controller", "tuned_optimizer", "outer_parameters", "validation_loader", "indexed_data"),
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
-    *("whole_data", "perturbation", "response_training"),
+    *("whole_data", "perturbation", "batch_parts", "response_training"),
     *("self_tuning_arguments", "response_optimizer", "matching_dropout"),
 )
 
@@ -70,7 +70,8 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "validation_loader": (TORCH | {"lightning"}, L0),
     "whole_data": (TORCH, (*L0, "distributed")),
     "perturbation": (TORCH, (*L0, "distributed", "hyper")),
-    "response_training": (TORCH, (*L0, "distributed", "module_losses", "perturbation")),
+    "batch_parts": (TORCH, ()),
+    "response_training": (TORCH, (*L0, "batch_parts", "distributed", "module_losses", "perturbation")),
     "self_tuning_arguments": (TORCH, L0),
     "response_optimizer": (TORCH | {"lightning"}, L0),
     "matching_dropout": (TORCH, (*L0, "hyper")),

@@ -126,3 +126,13 @@ def test_scales_of_others_are_refused():
     other = Perturbation({"": HyperparameterSet(**{n: UnitInterval(0.5) for n in "abcd"})})
     with pytest.raises(ValueError, match=r"has scales of \['a', 'b', 'c', 'd'\], the module has \['drop'"):
         Perturbation(sets()).load_state_dict(other.state_dict())
+
+
+def test_noise_follows_the_seed_and_the_step():
+    drawn = []
+    for seed in range(3):
+        noise = Noise(4, seed)
+        for step in range(3):
+            noise.begin(step)
+            drawn.append(tuple(noise.rows(2).flatten().tolist()))
+    assert len(set(drawn)) == 9

@@ -311,7 +311,7 @@ class SelfTuning(MethodCallback):
                 training.perturb(batch)
             elif self._responds():
                 with torch.enable_grad():
-                    training.respond(batch, 1 / trainer.accumulate_grad_batches)
+                    training.respond(batch, self._window - 1, trainer.accumulate_grad_batches)
         except (NoResponseError, NoLossError) as error:
             self.raise_all([f"{error}."])
 
@@ -323,11 +323,15 @@ class SelfTuning(MethodCallback):
         own, (response, _) = self.response_optimizer, self._learner()
         if own is None:
             raise RuntimeError("training has not started")
+        if not self._reached(trainer.accumulate_grad_batches):
+            own.zero_grad()
+            return
         parameters = list(response.parameters())
         if all(p.grad is None for p in parameters):
             if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
                 return  # `training_step` returned None: the batch is left out
-            self.raise_all(["the training loss does not depend on the converted layers."])
+            if self.mode == "stn":
+                self.raise_all(["the training loss does not depend on the converted layers."])
         distributed.mean_gradients(parameters)
         if self.mode == "delta":  # in the other mode a loss that is not finite is the user's own
             useless = zero_if_useless(parameters)  # rather than spoil the response
@@ -343,6 +347,11 @@ class SelfTuning(MethodCallback):
         else:
             own.step()
             own.zero_grad()
+
+    def _reached(self, micro_batches: int) -> bool:
+        """Whether a window that an epoch's end cut short came to the part whose turn it was; alike on all ranks."""
+        parts = self.response_parts if self.mode == "delta" else 1
+        return self.steps % parts * micro_batches < self._window * parts
 
     def _responds(self) -> bool:
         return self.mode == "stn" or self.steps % self.response_every == 0

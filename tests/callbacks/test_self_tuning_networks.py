@@ -15,7 +15,7 @@ from lightning_hpo.module_losses import ModuleLosses
 from lightning_hpo.nn.self_tuning_networks import convert
 from lightning_hpo.nn.self_tuning_regularisers import TunedDropout
 from lightning_hpo.perturbation import Perturbation
-from lightning_hpo.response_training import ResponseTraining, part_of
+from lightning_hpo.response_training import ResponseTraining
 from lightning_hpo.testing import TinyClassifier, TinyImages, tiny_trainer
 
 
@@ -189,7 +189,7 @@ def test_the_response_step_is_the_gradient_of_the_linearised_loss():
     net.drop.eval()  # no chance: the perturbed rates are not felt, the response is
     net.hypers.read.clear()
     training.noise.begin(0)
-    training.respond(batch, weight=0.5)
+    training.respond(batch, place=0, of=2)
     training.noise.begin(0)
     rows = perturbation.rows(training.noise.rows(6)).detach()
     inputs = torch.zeros(6, perturbation.inputs).double()
@@ -240,13 +240,26 @@ def test_the_parts_of_a_batch_have_together_the_gradient_of_the_whole():
         assert not torch.allclose(own[0], own[1])
 
 
-def test_a_batch_is_cut_only_where_it_is_known_what_its_examples_are():
-    x, y = torch.arange(8.0).view(4, 2), torch.arange(4)
-    assert [part_of((x, [y]), 2, turn)[1][0].tolist() for turn in range(3)] == [[0, 1], [2, 3], [0, 1]]
-    assert part_of((x, {"length": 4}), 2, 1)[0].tolist() == [[4, 5], [6, 7]]
-    for uncut in ((x[:3], y[:3]), (x, {"graph": object()})):  # too small; nobody knows what is in it
-        assert part_of(uncut, 2, 1) is uncut
-    assert part_of((x, ["a", "b", "c", "d"]), 2, 1)[1] == ["c", "d"]
+def test_micro_batches_give_the_response_the_gradient_of_their_batch():
+    net = Small()
+    sets = {"": net.hypers}
+    perturbation = Perturbation(sets, 0.7).double()
+    response = convert(net.net, perturbation.inputs, gate_std=0.8)
+    batch = (torch.randn(12, 3).double(), torch.tensor([0, 1] * 6))
+    net.drop.eval()
+
+    def gradient(turn, micro_batches):
+        training = ResponseTraining(response, perturbation, ModuleLosses(net, sets), parts=2)
+        response.zero_grad()
+        training.begin(turn)
+        for place, rows in enumerate(torch.arange(12).chunk(micro_batches)):
+            training.respond((batch[0][rows], batch[1][rows]), place, micro_batches)
+        return [p.grad.clone() for p in response.parameters()]
+
+    for turn in range(2):
+        for micro_batches in (2, 3, 4):
+            for found, expected in zip(gradient(turn, micro_batches), gradient(turn, 1), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 # In the Trainer

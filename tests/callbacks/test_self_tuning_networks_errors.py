@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_hpo import Choice, HyperparameterSet, SelfTuning, UnitInterval
-from lightning_hpo.response_training import rows_of
+from lightning_hpo.batch_parts import rows_of
 from lightning_hpo.testing import tiny_trainer
 
 
