@@ -5,6 +5,7 @@
 3. compares accuracy before and after,
 4. trains a small network twice, with batches of 8 and with batches that grow as the noise of the gradient says,
 5. trains it twice on 300 images, without weight decay and with one that follows the gradient of the validation loss,
+6. trains a wider one twice on 300 images, with dropout of 0.05 and with rates that tune themselves from there,
 
 and writes tables, CSV and pictures into `demo_output/`. Two to three minutes on two cores; `--quick` takes seconds and
 shows nothing but that it runs.
@@ -30,6 +31,7 @@ from lightning_hpo import (
     AdaptiveBatchSize,
     Hypergradient,
     HyperparameterReport,
+    SelfTuning,
     TokenCompression,
     TokenCompressionSchedule,
     apply_token_compression,
@@ -68,6 +70,17 @@ class SmallNetwork(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class DropoutNetwork(SmallNetwork):
+    """The same with three layers and dropout before each."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.01)
+        first = nn.Sequential(nn.Flatten(), nn.Dropout(0.05), nn.Linear(64, 256), nn.ReLU())
+        self.net = nn.Sequential(
+            *first, nn.Dropout(0.05), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.05), nn.Linear(256, 10)
+        )
 
 
 class Watch(Callback):
@@ -130,18 +143,35 @@ def decay(quick: bool) -> None:
     console.print("5. 300 images, without weight decay and with one that `Hypergradient` tunes, from 1e-6.")
     tuning = Hypergradient(tune=("weight_decay",), every_n_steps=5, warmup_steps=0 if quick else 200, lr=0.1)
     report = HyperparameterReport(dirpath=OUTPUT / "weight_decay", every_n_steps=5)
-    looks = {"limit_val_batches": 1.0, "num_sanity_val_steps": 0, "check_val_every_n_epoch": 10_000}
     for name, callbacks in (("no weight decay", []), ("learned", [tuning, report])):
         seed_everything(0, verbose=False)
-        digits = DigitsDataModule(batch_size=300, seed=0, val_fraction=0.5, limit=600)
-        network, runner = SmallNetwork(lr=0.1), trainer(*callbacks, max_steps=20 if quick else 2000, **looks)
-        begun = time.perf_counter()
-        runner.fit(network, digits)
-        spent = time.perf_counter() - begun
-        (figures,) = runner.validate(network, digits, verbose=False)
-        right = accuracy(network, digits)
-        console.print(f"   {name}: {spent:.0f} s, validation loss {figures['val_loss']:.3f}, test accuracy {right:.1%}")
+        compare(name, SmallNetwork(lr=0.1), 300, callbacks, max_steps=20 if quick else 2000)
     console.print(f"   weight decay learned: {tuning.hyperparameters()['weight_decay']:.4f}")
+
+
+def dropout(quick: bool) -> None:
+    console.print("6. 300 images, with dropout of 0.05 and with rates that `SelfTuning` tunes from there.")
+    patterns = ("net.1", "net.4", "net.7")
+    tuning = SelfTuning(dropout=patterns, mode="stn", encoding="identity", warmup_steps=0 if quick else 50)
+    report = HyperparameterReport(dirpath=OUTPUT / "dropout", every_n_steps=5)
+    for name, callbacks in (("dropout 0.05", []), ("learned", [tuning, report])):
+        seed_everything(0, verbose=False)
+        compare(name, DropoutNetwork(), 32, callbacks, max_epochs=2 if quick else 80)
+    rates = [tuning.hyperparameters()[pattern.replace(".", "/")] for pattern in patterns]
+    console.print(f"   dropout learned: {', '.join(f'{rate:.2f}' for rate in rates)}")
+
+
+def compare(name: str, network: LightningModule, batch_size: int, callbacks: list[Callback], **limits: Any) -> None:
+    """Trains on 300 images, validates on 300 others, and prints a line."""
+    digits = DigitsDataModule(batch_size=batch_size, seed=0, val_fraction=0.5, limit=600)
+    looks = {"limit_val_batches": 1.0, "num_sanity_val_steps": 0, "check_val_every_n_epoch": 10_000}
+    runner = trainer(*callbacks, **looks, **limits)
+    begun = time.perf_counter()
+    runner.fit(network, digits)
+    spent = time.perf_counter() - begun
+    (figures,) = runner.validate(network, digits, verbose=False)
+    right = accuracy(network, digits)
+    console.print(f"   {name}: {spent:.0f} s, validation loss {figures['val_loss']:.3f}, test accuracy {right:.1%}")
 
 
 def main() -> int:
@@ -178,6 +208,7 @@ def main() -> int:
     console.print(f"   test accuracy: {before:.1%} -> {after:.1%}")
     batches(quick)
     decay(quick)
+    dropout(quick)
     for file in sorted(path for path in OUTPUT.rglob("*") if path.is_file()):
         console.print(f"   written: {file.resolve()}", soft_wrap=True)
     console.print(f"   {time.perf_counter() - started:.0f} s in all")

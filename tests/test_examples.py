@@ -54,6 +54,7 @@ def test_program_runs(path, tmp_path):
         written = {file.name for file in (tmp_path / "demo_output").iterdir()}
         assert written >= {"hyperparameters.csv", "hyperparameters.png", "schedule.json"}
         _check_course(tmp_path / "demo_output" / "weight_decay")
+        _check_course(tmp_path / "demo_output" / "dropout")
     if path.stem == "dataset_distillation":
         assert (tmp_path / "demo_output" / "distilled_images.png").stat().st_size
         noise, *_, distilled = (float(share) for share in re.findall(r"accuracy ([\d.]+)%", done.stdout))
