@@ -112,7 +112,7 @@ def _overhead(quick: bool, rounds: int) -> list[dict[str, Any]]:
     width, steps = (64, 10) if quick else (256, 400)
     run = partial(_run, data.train, data.test, width, steps)
     facts = {"data": name, "width": width, "steps": steps}
-    methods = dict(list(METHODS.items())[:3]) if quick else METHODS
+    methods = dict(list(METHODS.items())[:4]) if quick else METHODS
     return [{**facts, "method": label, **_compare(run, method, rounds)} for label, method in methods.items()]
 
 
