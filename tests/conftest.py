@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader
 
 torch.set_num_threads(1)  # `make test` runs one worker a core
 
@@ -39,6 +40,18 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(deterministic)
+    _take_back(DataLoader)
+    _take_back(BatchSampler)
+
+
+def _take_back(cls: type) -> None:
+    """Undoes what Lightning patches while a hook makes loaders, and leaves behind if the hook raises."""
+    for name in ("__init__", "__setattr__", "__delattr__"):
+        if f"__old{name}" in vars(cls):
+            setattr(cls, name, vars(cls)[f"__old{name}"])
+            delattr(cls, f"__old{name}")
+    for below in cls.__subclasses__():
+        _take_back(below)
 
 
 @pytest.fixture(scope="session")
