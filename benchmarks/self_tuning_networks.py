@@ -1,7 +1,8 @@
 """Do dropout rates that tune themselves do as well as rates that were searched for, and what does a step cost?
 
 The digits as in `docs/methods/self_tuning_networks.md`: three rates from 0.05, in both modes and with both encodings,
-beside fixed rates. Then the cost of a step in units of a plain one.
+beside fixed rates; Δ-STN also with a second pass that sees the whole batch, a third or a quarter of it, where it sees
+half by default. Then the cost of a step in units of a plain one.
 """
 
 import logging
@@ -33,6 +34,7 @@ TUNED = {
     "STN": {"mode": "stn", "encoding": "cos_sin"},
     "STN, identity": {"mode": "stn", "encoding": "identity"},
 }
+PARTS = {f"Δ-STN, response_parts={parts}": {"mode": "delta", "response_parts": parts} for parts in (1, 3, 4)}
 FIXED = ((0.0, 0.0, 0.0), (0.05, 0.05, 0.05), (0.1, 0.3, 0.3), (0.2, 0.5, 0.5))
 
 
@@ -94,7 +96,7 @@ def run(name: str, seed: int, epochs: int, fixed: Sequence[float] | None = None)
     """One run: its row, and its course."""
     train, val, test = digits()
     torch.manual_seed(seed)
-    settings: Any = TUNED.get(name, {})
+    settings: Any = {**TUNED, **PARTS}.get(name, {})
     method = None if fixed is not None else SelfTuning(warmup_steps=50, train_steps=5, **settings)
     course = Course(method, val, test)
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
@@ -164,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     courses: dict[str, list[Course]] = {}
     fixed = {f"fixed {', '.join(f'{rate:g}' for rate in rates)}": rates for rates in FIXED}
-    for name in (*TUNED, *fixed):
+    for name in (*TUNED, *PARTS, *fixed):
         for seed in range(seeds):
             row, course = run(name, seed, epochs, fixed.get(name))
             rows.append(row)
