@@ -81,8 +81,8 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
     """Sum over ranks that is differentiated, for losses that are no mean over samples.
 
     The gradient of every rank's share is multiplied by the number of ranks, which takes back the mean that
-    ``DistributedDataParallel`` takes later: the ranks together then follow the gradient of the loss of all samples. What
-    is computed from the sum must be alike on all ranks. Nothing is sent in the backward pass.
+    ``DistributedDataParallel`` takes later: the ranks together then follow the gradient of the loss of all samples.
+    What is computed from the sum must be alike on all ranks. Nothing is sent in the backward pass.
 
     Args:
         tensor: Any shape, floating point, the same shape on every rank.
@@ -96,16 +96,16 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
         >>> share.grad
         tensor([2., 4.])
     """
-    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)  # type: ignore[no-untyped-call]
+    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(_: Any, tensor: Tensor) -> Tensor:
         return sum(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         return gradient * world_size()
 
 

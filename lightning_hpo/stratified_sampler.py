@@ -16,15 +16,15 @@ __all__ = ["StratifiedSampler"]
 class StratifiedSampler(DistributedSampler[Any]):
     r"""Orders samples so that every batch has each class in its share, and never fewer than a few of it.
 
-    Give it to a loader as ``sampler`` with the same ``batch_size``: it yields single indices, :math:`b` of which in a row
-    are a batch. A class of :math:`n_c` samples has its share :math:`b\,n_c / n` in each, rounded up or down in turn, so
-    that an epoch sees each sample once; a class whose share is below ``min_per_class`` is drawn from again and again
-    instead, in a new order each time, and others give way. Batches are always full: the last is filled up, or left out.
+    Give it to a loader as ``sampler`` with the same ``batch_size``: it yields single indices, :math:`b` of which in a
+    row are a batch. A class of :math:`n_c` samples has its share :math:`b n_c / n` in each, rounded up or down in turn,
+    so that an epoch sees each sample once; a class whose share is below ``min_per_class`` is drawn from again and again
+    instead, in a new order each time, and others give way. Batches are always full: the last is filled up or left out.
 
     With several ranks, of which it asks when it is read, the guarantee is for the joined batch, whose classes are dealt
-    out evenly: the ranks together see what one process with as many times the batch size sees. Lightning leaves a sampler
-    of this kind as it is, and tells it the epoch. The order depends on seed and epoch alone, so that a loader that can
-    go on in the middle of an epoch goes on with the same batches.
+    out evenly: the ranks together see what one process with as many times the batch size sees. Lightning leaves a
+    sampler of this kind as it is, and tells it the epoch. The order depends on seed and epoch alone, so that a loader
+    that can go on in the middle of an epoch goes on with the same batches.
 
     Args:
         labels: The class of each sample, whole numbers ``(N,)``; zeros and ones, for instance.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_hpo import distributed
-from lightning_hpo.functional.objectives.anyloss import dead_share, soft_sums
+from lightning_hpo.functional.objectives.anyloss import dead_share, lacks_a_class, soft_sums
 from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems, surrogate_problems
 from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange
 from lightning_hpo.functional.objectives.anyloss_metrics import (
@@ -34,9 +34,10 @@ class AnyLoss(nn.Module):
     ``BCEWithLogitsLoss`` or ``CrossEntropyLoss``: logits and targets of the same shapes, no class weights, no decision
     threshold to tune afterwards.
 
-    A confident sample has next to no gradient (at :math:`p = 0.7` a millionth of that at 0.5), so that training must not
-    start from confident mistakes: begin with small last-layer weights (:meth:`shrink`), or with a cross-entropy, or use
-    the callback :class:`~lightning_hpo.callbacks.anyloss.MetricObjective`, which does that.
+    A confident sample has next to no gradient (at :math:`p = 0.7` a millionth of that at 0.5), so that training must
+    not start from confident mistakes: begin with small last-layer weights (:meth:`shrink`), or a small amplification
+    that rises (it may be set between batches), or use the callback
+    :class:`~lightning_hpo.callbacks.anyloss.MetricObjective`, which does that.
 
     A batch that lacks a class leaves the undefined terms out; it never gives NaN. In training on several ranks the sums
     are those of all ranks, with gradients, so that the metric is that of the joined batch. Sums are in 32 bits (64 of
@@ -163,6 +164,10 @@ class AnyLoss(nn.Module):
         """Share of samples that hardly have a gradient."""
         return dead_share(inputs, self.surrogate, self.task)
 
+    def lacks_a_class(self, sums: Tensor) -> Tensor:
+        """Whether a batch's sums have nothing of a class."""
+        return lacks_a_class(sums, self.task, self._needs_matrix())
+
     def _needs_matrix(self) -> bool:
         return self.task == "multiclass" and self.metric in FROM_MATRIX
 
@@ -225,4 +230,3 @@ class AnyLoss(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-

@@ -18,7 +18,7 @@ from lightning_hpo.functional.objectives.anyloss_metrics import (
 )
 from lightning_hpo.functional.objectives.anyloss_surrogates import Surrogate
 
-__all__ = ["anyloss", "dead_share", "soft_counts", "soft_sums"]
+__all__ = ["anyloss", "dead_share", "lacks_a_class", "soft_counts", "soft_sums"]
 
 _CHUNK = 65_536  # samples whose intermediate values stay in the processor's cache
 
@@ -45,7 +45,7 @@ def soft_sums(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", matri
     if task == "multiclass":
         return _class_sums(inputs, surrogate, matrix)
     if task == "binary" and weight is None:
-        tp, predicted = _SoftSums.apply(logits, target, surrogate)  # type: ignore[no-untyped-call]
+        tp, predicted = _SoftSums.apply(logits, target, surrogate)
         return torch.stack([tp, predicted, target.sum(), torch.full_like(tp, target.numel())])[:, None]
     soft = surrogate(logits)
     if weight is None:
@@ -88,7 +88,7 @@ class _SoftSums(torch.autograd.Function):
         return torch.stack(tp).sum(), torch.stack(predicted).sum()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
         logits, target, ctx.surrogate = inputs
         ctx.save_for_backward(logits, target)
         ctx.save_for_forward(logits, target)
@@ -207,3 +207,23 @@ def dead_share(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", belo
         return dead.to(logits.dtype).mean()
     counted = (weight if weight.ndim == 1 else weight.amax(1)) > 0
     return (dead & counted).sum() / counted.sum().clamp(min=1)
+
+
+def lacks_a_class(sums: Tensor, task: Task = "binary", matrix: bool = False) -> Tensor:
+    """Whether a batch has nothing of a class, or of a label's positives or negatives.
+
+    Args:
+        sums: Of :func:`soft_sums`.
+        task: What it is.
+        matrix: Whether they are the C x C matrix.
+
+    Returns:
+        A scalar, true or false.
+
+    Example:
+        >>> lacks_a_class(torch.tensor([[0.0], [1.0], [0.0], [50.0]]))
+        tensor(True)
+    """
+    positive = sums.sum(1) if matrix else sums[2]
+    lacks = (positive <= 0).any()
+    return lacks if task == "multiclass" else lacks | (positive >= sums[3]).any()
