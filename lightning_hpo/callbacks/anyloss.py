@@ -261,7 +261,7 @@ class MetricObjective(MethodCallback):
         if self._missing is None:
             return
         share = (self._missing / self._batches).item()
-        self.log_values(pl_module, {"incomplete_batches": share})
+        self.log_values(pl_module, {"incomplete_batches": share}, sync_dist=True)
         if share and self.running is None:
             rank_zero_warn(
                 f"`MetricObjective`: {share:.0%} of the epoch's batches lacked a class, and taught nothing about it; "
@@ -303,7 +303,8 @@ class MetricObjective(MethodCallback):
         name = self.metric if isinstance(self.metric, str) else "metric"
         found = self._epoch.results()
         names = {"metric": f"val_{name}", "soft": "val_soft", "gap": "val_gap", "criterion": "val_criterion"}
-        self.log_values(pl_module, {names[key]: value for key, value in found.items()})
+        # They are the same on all ranks; Lightning wants to hear that somebody thought of it.
+        self.log_values(pl_module, {names[key]: value for key, value in found.items()}, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
