@@ -39,7 +39,7 @@ class StratifiedSampler(DistributedSampler[Any]):
     Example:
         >>> labels = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
         >>> [labels[index].item() for index in StratifiedSampler(labels, batch_size=4)]
-        [0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+        [0, 1, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0]
     """
 
     def __init__(
@@ -89,13 +89,14 @@ class StratifiedSampler(DistributedSampler[Any]):
 
     @override
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # Two of them: how many a rank shuffles must not decide what is drawn next.
+        generator, shuffling = (torch.Generator().manual_seed(2 * (self.seed + self.epoch) + n) for n in (0, 1))
         ranks, rank = distributed.world_size(), distributed.rank()
         streams = [_Endless(members, generator) for members in self.members]
         for quota in self._quotas(self.batch_size * ranks):
             drawn = [index for stream, count in zip(streams, quota, strict=True) for index in stream.take(count)]
             mine = drawn[rank::ranks]  # classes lie one after another: each is dealt out evenly
-            order = torch.randperm(len(mine), generator=generator).tolist()
+            order = torch.randperm(len(mine), generator=shuffling).tolist()
             yield from (mine[place] for place in order)
 
     def _quotas(self, joined: int) -> Iterator[list[int]]:

@@ -75,7 +75,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "self_tuning_arguments": (TORCH, L0),
     "response_optimizer": (TORCH | {"lightning"}, L0),
     "matching_dropout": (TORCH, (*L0, "hyper")),
-    "losses": (TORCH | {"torchmetrics"}, (*L0, "distributed", "losses")),
+    "losses": (TORCH | {"torchmetrics"}, (*L0, "distributed", "criterion_call", "losses")),
     "criterion_call": (TORCH, L0),
     "stratified_sampler": (TORCH, (*L0, "distributed")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),

@@ -4,22 +4,25 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.criterion_call import CriterionCall, criterion_problems, logits_and_target
 from lightning_hpo.functional.objectives.anyloss_metrics import Average, CountsMetric, MetricName, Task
+from lightning_hpo.functional.objectives.anyloss_schedule import blend_at
 from lightning_hpo.functional.objectives.anyloss_surrogates import SurrogateName
 from lightning_hpo.functional.objectives.temperature import cross_entropy, fit_temperature
 from lightning_hpo.losses.anyloss import AnyLoss
+from lightning_hpo.losses.blended import BlendedLoss
 from lightning_hpo.losses.epoch_metrics import EpochMetrics
+from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["MetricObjective"]
+
+_STEEP = {"anyloss": 10.0, "sigmoid": 1.0}  # surrogates with an amplification, and that at the end of training
 
 
 class MetricObjective(MethodCallback):
@@ -44,8 +47,8 @@ class MetricObjective(MethodCallback):
         beta: Weight of recall in ``"fbeta"``.
         average: How classes or labels become one number.
         surrogate: The soft decision.
-        amplification: :math:`L` at the end; 73 for ``"anyloss"``, 1 for ``"sigmoid"``.
-        amplification_start: :math:`L` at first; ``None`` for no annealing.
+        amplification: :math:`L` at the end; 10 for ``"anyloss"``, 1 for ``"sigmoid"``.
+        amplification_start: :math:`L` at first; half of that at the end by default.
         threshold: Where the decision falls.
         warmup: Share of the training steps with the criterion's loss alone.
         anneal: Share of the training steps at which the amplification has reached its end.
@@ -69,7 +72,7 @@ class MetricObjective(MethodCallback):
         >>> trainer = tiny_trainer(objective, max_epochs=2)
         >>> trainer.fit(TabularClassifier(inputs=30), ImbalancedDataModule("breast_cancer"))
         >>> objective.hyperparameters()
-        {'amplification': 73.0, 'mix': 1.0}
+        {'amplification': 10.0, 'mix': 0.5}
         >>> "anyloss/val_f1" in trainer.callback_metrics
         True
     """
@@ -87,18 +90,19 @@ class MetricObjective(MethodCallback):
         average: Average = "macro",
         surrogate: SurrogateName = "anyloss",
         amplification: float | None = None,
-        amplification_start: float | None = 2.0,
+        amplification_start: float | None = None,
         threshold: float = 0.5,
         warmup: float = 0.2,
-        anneal: float = 0.8,
-        mix: float = 1.0,
+        anneal: float = 1.0,
+        mix: float = 0.5,
         running: float | None = None,
         calibrate: bool = False,
         total_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.metric, self.task, self.criterion, self.beta, self.average = metric, task, criterion, beta, average
-        self.surrogate, self.amplification, self.amplification_start = surrogate, amplification, amplification_start
+        self.surrogate, self.amplification_start = surrogate, amplification_start
+        self.amplification = _STEEP.get(surrogate) if amplification is None else amplification
         self.threshold, self.warmup, self.anneal, self.mix, self.running = threshold, warmup, anneal, mix, running
         self.calibrate, self.total_steps = calibrate, total_steps
         problems = self._argument_problems()
@@ -110,12 +114,10 @@ class MetricObjective(MethodCallback):
             raise ValueError(f"`MetricObjective`: {'; '.join(problems)}.")
         self.calibration: dict[str, float] = {}
         self._end = self.objective.amplification
-        self._share = 0.0  # of the criterion's loss that is replaced at present
-        self._total, self._seen, self._calls, self._batches = 1, 0, 0, 0
+        self._total, self._seen = 1, 0
         self._phase: Literal["", "training", "validation"] = ""
-        self._missing: Tensor | None = None  # batches of this epoch that lack a class
         self._call: CriterionCall | None = None
-        self._epoch = EpochMetrics(self.objective)
+        self._blended, self._epoch = BlendedLoss(self.objective), EpochMetrics(self.objective)
 
     def _make(self) -> AnyLoss:
         return AnyLoss(
@@ -132,8 +134,9 @@ class MetricObjective(MethodCallback):
             f"warmup must be from 0 to below 1, got {self.warmup!r}": 0 <= self.warmup < 1,
             f"anneal must be from warmup to 1, got {self.anneal!r}": self.warmup <= self.anneal <= 1,
             f"mix must be above 0 and at most 1, got {self.mix!r}": 0 < self.mix <= 1,
-            f"amplification_start must be a positive number or None, got {start!r}": start is None
-            or 0 < start < math.inf,
+            f"amplification_start must be a positive number, got {start!r}": start is None or 0 < start < math.inf,
+            f"amplification_start={start!r} has no effect on surrogate={self.surrogate!r}": start is None
+            or self.surrogate in _STEEP,
             f"total_steps must be at least 1, got {steps!r}": steps is None or steps >= 1,
         }
         return [problem for problem, holds in checks.items() if not holds]
@@ -141,15 +144,13 @@ class MetricObjective(MethodCallback):
     @override
     def hyperparameters(self) -> dict[str, float | list[float]]:
         """Amplification and mix at present, and the temperature once there is one."""
-        return {"amplification": self.objective.amplification, "mix": self._share, **self._temperature()}
+        learned = {"temperature": self.temperature} if self.calibration else {}
+        return {"amplification": self.objective.amplification, "mix": self._blended.mix, **learned}
 
     @property
     def temperature(self) -> float:
         """By what to divide logits so that probabilities are calibrated; 1 before the end of a fit that was asked."""
         return self.calibration.get("temperature", 1.0)
-
-    def _temperature(self) -> dict[str, float]:
-        return {"temperature": self.temperature} if self.calibration else {}
 
     # Around training
 
@@ -166,79 +167,62 @@ class MetricObjective(MethodCallback):
         self._call = CriterionCall(pl_module, self.criterion, self._answer)
         ignored = getattr(self._call.holder, "ignore_index", None)  # of a cross-entropy
         self.objective.ignore_index = ignored if isinstance(ignored, int) else None
-        self._epoch = EpochMetrics(self.objective, self.calibrate)
+        self._blended, self._epoch = BlendedLoss(self.objective), EpochMetrics(self.objective, self.calibrate)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out how long training is."""
         total = self.total_steps or trainer.estimated_stepping_batches
         if not 0 < total < math.inf:
-            self.raise_all(
-                ["how many steps there will be is not known; give the Trainer `max_steps` or `max_epochs`, or give "
-                 "`total_steps`."]
-            )  # fmt: skip
+            self.raise_all(["how long training is, is not known; give `total_steps`, or the Trainer `max_steps`."])
         if trainer.accumulate_grad_batches > 1 and self.running is None:
             rank_zero_info(
                 "`MetricObjective`: with accumulated gradients the metric is that of each micro-batch; `running=0.9` "
                 "takes its slopes at running sums."
             )
+        if self.calibrate:
+            try:
+                validation_loader(trainer)
+            except ValueError as error:
+                self.raise_all([f"`calibrate` needs validation data: {error}."])
         self._total, self._seen = int(total), trainer.global_step
         self.objective.to(pl_module.device)
         self.objective.commits = False  # optimizer steps do
-        self._missing, self._batches = None, 0
         self._schedule(trainer)
 
     def _schedule(self, trainer: Trainer) -> None:
         """Mix and amplification of the coming step; a function of the step alone."""
-        done = trainer.global_step / self._total
-        self._share = 0.0 if done < self.warmup else self.mix
-        if self.amplification_start is not None and self.surrogate in ("anyloss", "sigmoid"):
-            way = 1.0 if done >= self.anneal else max(0.0, done - self.warmup) / (self.anneal - self.warmup)
-            self.objective.amplification = self.amplification_start * (self._end / self.amplification_start) ** way
+        end = self._end
+        start = self.amplification_start or end / 2
+        blend = blend_at(trainer.global_step / self._total, self.warmup, self.anneal, self.mix, start, end)
+        self._blended.mix = blend.mix
+        if self.surrogate in _STEEP:
+            self.objective.amplification = blend.amplification
 
-    # Every call
+    # Every step
 
     def _answer(self, criterion: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if not self._phase:
-            return criterion(*args, **kwargs)
-        logits, target = logits_and_target(args, kwargs)
+        if self._phase == "training":
+            return self._blended(criterion, args, kwargs)
+        loss = criterion(*args, **kwargs)
         if self._phase == "validation":
-            loss = criterion(*args, **kwargs)
-            self._epoch.add(logits, target, loss)
-            return loss
-        self._calls += 1
-        value = self._metric(logits, target)
-        if self._share == 1:
-            return 1 - value
-        return (1 - self._share) * criterion(*args, **kwargs) + self._share * (1 - value)
-
-    def _metric(self, logits: Tensor, target: Tensor) -> Tensor:
-        own = self.objective
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._share > 0):
-            inputs = own.arranged(logits, target)
-            sums = own.batch_sums(inputs)
-            value = own.value(sums)
-        with torch.no_grad():
-            lacks = own.lacks_a_class(sums).float()
-            self._missing = lacks if self._missing is None else self._missing + lacks
-            self._batches += 1
-            if self._due:
-                dead = distributed.mean(own.dead_share(inputs))
-                own_values = {"amplification": own.amplification, "mix": self._share}
-                self.note_values({"soft_metric": value.detach(), "dead_share": dead, **own_values})
-        return value
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count batches that lack a class."""
-        self._missing, self._batches = None, 0
+            self._epoch.add(*logits_and_target(args, kwargs), loss)
+        return loss
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on calls are training's."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        self._due = (trainer.global_step + 1) % every == 0 or batch_idx == 0 or trainer.is_last_batch
-        self._phase, self._calls = "training", 0
+        self._blended.observes = (trainer.global_step + 1) % every == 0 or batch_idx == 0 or trainer.is_last_batch
+        self._phase, self._blended.calls = "training", 0
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Looks whether the training step called the criterion once."""
+        calls, self._blended.calls = self._blended.calls, 0
+        if calls != 1:
+            why = f"called {calls} times" if calls else "did not call"
+            self.raise_all([f"`training_step` {why} `self.{self.criterion}`; it is to be called once a batch."])
 
     @override
     def on_train_batch_end(
@@ -246,21 +230,20 @@ class MetricObjective(MethodCallback):
     ) -> None:
         """After an optimizer step the running sums, the mix and the amplification move on."""
         self._phase = ""
-        if outputs and self._calls != 1:
-            why = "did not call" if not self._calls else f"called {self._calls} times"
-            self.raise_all([f"`training_step` {why} `self.{self.criterion}`; once a batch is what is understood."])
         if trainer.global_step != self._seen:
             self._seen = trainer.global_step
             self.objective.commit()
+            present = {"amplification": self.objective.amplification, "mix": self._blended.mix}
+            self.note_values({**self._blended.noted, **present})
             self.log_noted(trainer, pl_module)
             self._schedule(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says how many batches lacked a class."""
-        if self._missing is None:
+        share = self._blended.incomplete_share()
+        if share is None:
             return
-        share = (self._missing / self._batches).item()
         self.log_values(pl_module, {"incomplete_batches": share}, sync_dist=True)
         if share and self.running is None:
             rank_zero_warn(
@@ -298,7 +281,11 @@ class MetricObjective(MethodCallback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the metric over all batches and ranks."""
-        if self._call is None or not self._epoch.seen():
+        if self._call is None:
+            return
+        if not self._epoch.seen():
+            if self.calibrate:
+                self.raise_all([f"`calibrate` needs a `validation_step` that calls `self.{self.criterion}`."])
             return
         name = self.metric if isinstance(self.metric, str) else "metric"
         found = self._epoch.results()
@@ -309,10 +296,8 @@ class MetricObjective(MethodCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fits the temperature, if asked."""
-        if not self.calibrate:
+        if not self.calibrate or not self._epoch.seen():
             return
-        if not self._epoch.seen():
-            self.raise_all([f"`calibrate` needs a validation whose step calls `self.{self.criterion}`."])
         logits, target = self._epoch.kept()
         fitted = fit_temperature(logits, target, self.task)
         before, after = (cross_entropy(logits / t, target, self.task).item() for t in (1.0, fitted))

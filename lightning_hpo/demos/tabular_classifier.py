@@ -51,12 +51,12 @@ class TabularClassifier(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The criterion on held-out samples."""
         features, targets = batch
-        self.log("val_loss", self.criterion(self(features), targets))
+        self.log("val_loss", self.criterion(self(features), targets), sync_dist=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The criterion on test samples."""
         features, targets = batch
-        self.log("test_loss", self.criterion(self(features), targets))
+        self.log("test_loss", self.criterion(self(features), targets), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Adam."""
