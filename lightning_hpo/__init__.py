@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what Python reads
     from lightning_hpo.callbacks.adadagrad import AdaptiveBatchSize
+    from lightning_hpo.callbacks.anyloss import MetricObjective
     from lightning_hpo.callbacks.base import MethodCallback
     from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
     from lightning_hpo.callbacks.diffrate import TokenCompression
@@ -52,6 +53,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.functional.optim.sample_lr import SampleCosine, SampleLinear, SampleLR
     from lightning_hpo.hyper import Choice, HyperparameterSet, Integer, Interval, Positive, Simplex, UnitInterval
     from lightning_hpo.indexed_data import IndexedDataset
+    from lightning_hpo.losses.anyloss import AnyLoss
+    from lightning_hpo.losses.soft_confusion_matrix import SoftConfusionMatrix
     from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
     from lightning_hpo.models.bo_rep import DataHyperCleaning, SingleLoopMixin
     from lightning_hpo.models.diffrate import TokenCompressionMixin
@@ -61,6 +64,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.models.self_tuning_networks import SelfTuningMixin
     from lightning_hpo.nn.diffrate import apply_token_compression, remove_token_compression, vit_macs
     from lightning_hpo.nn.mip_hypernetworks import hypernetize
+    from lightning_hpo.stratified_sampler import StratifiedSampler
     from lightning_hpo.tuners.data_driven_tuning import TaskDistributionTuner
 
 __all__ = [
@@ -72,6 +76,7 @@ __all__ = [
     "AdaptiveBatchSampler",
     "AdaptiveBatchSize",
     "AdaptiveBatchSizeMixin",
+    "AnyLoss",
     "AugmentedTest",
     "BilevelMixin",
     "Choice",
@@ -92,6 +97,7 @@ __all__ = [
     "LinearScaling",
     "MAIDModule",
     "MethodCallback",
+    "MetricObjective",
     "MicroBatchFinder",
     "NoScaling",
     "NoiseScale",
@@ -109,8 +115,10 @@ __all__ = [
     "Simplex",
     "SingleLoopHypergradient",
     "SingleLoopMixin",
+    "SoftConfusionMatrix",
     "SqrtScaling",
     "StageWise",
+    "StratifiedSampler",
     "TaskDistributionTuner",
     "TokenCompression",
     "TokenCompressionMixin",
@@ -129,6 +137,7 @@ _HOME = {
     "AdaptiveBatchSampler": "data",
     "AdaptiveBatchSize": "callbacks.adadagrad",
     "AdaptiveBatchSizeMixin": "models.adadagrad",
+    "AnyLoss": "losses.anyloss",
     "AugmentedTest": "functional.batching.policies",
     "BilevelMixin": "models.implicit_differentiation",
     "CABS": "functional.batching.policies",
@@ -150,6 +159,7 @@ _HOME = {
     "LinearScaling": "functional.batching.learning_rate",
     "MAIDModule": "models.maid",
     "MethodCallback": "callbacks.base",
+    "MetricObjective": "callbacks.anyloss",
     "MicroBatchFinder": "callbacks.micro_batch",
     "NoScaling": "functional.batching.learning_rate",
     "NoiseScale": "functional.batching.policies",
@@ -168,8 +178,10 @@ _HOME = {
     "Simplex": "hyper",
     "SingleLoopHypergradient": "callbacks.bo_rep",
     "SingleLoopMixin": "models.bo_rep",
+    "SoftConfusionMatrix": "losses.soft_confusion_matrix",
     "SqrtScaling": "functional.batching.learning_rate",
     "StageWise": "functional.batching.ramps",
+    "StratifiedSampler": "stratified_sampler",
     "TaskDistributionTuner": "tuners.data_driven_tuning",
     "TokenCompression": "callbacks.diffrate",
     "TokenCompressionMixin": "models.diffrate",

@@ -5,12 +5,25 @@ Every function is a collective: call it on all ranks or on none.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "broadcast", "device", "gather", "mean", "mean_gradients", "minimum", "rank", "sum", "world_size"]
+__all__ = [
+    "agree",
+    "broadcast",
+    "device",
+    "gather",
+    "mean",
+    "mean_gradients",
+    "minimum",
+    "rank",
+    "sum",
+    "sum_with_gradient",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -62,6 +75,38 @@ def sum(tensor: Tensor) -> Tensor:  # noqa: A001 - read as `distributed.sum`
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sum over ranks that is differentiated, for losses that are no mean over samples.
+
+    The gradient of every rank's share is multiplied by the number of ranks, which takes back the mean that
+    ``DistributedDataParallel`` takes later: the ranks together then follow the gradient of the loss of all samples.
+    What is computed from the sum must be alike on all ranks. Nothing is sent in the backward pass.
+
+    Args:
+        tensor: Any shape, floating point, the same shape on every rank.
+
+    Returns:
+        A new tensor of the same shape.
+
+    Example:
+        >>> share = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> sum_with_gradient(share).square().sum().backward()
+        >>> share.grad
+        tensor([2., 4.])
+    """
+    return tensor if world_size() == 1 else _SumOverRanks.apply(tensor)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        return sum(tensor)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient * world_size()
 
 
 def mean(tensor: Tensor) -> Tensor:

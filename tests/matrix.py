@@ -15,6 +15,7 @@ from lightning_hpo import (
     Hypergradient,
     HyperparameterSet,
     MethodCallback,
+    MetricObjective,
     MicroBatchFinder,
     NormTest,
     SelfTuning,
@@ -127,6 +128,34 @@ class Conditioned(TinyClassifier):
         return ((1 - share) * right - share * logs.mean(1)).mean()
 
 
+class Judged(TinyClassifier):
+    """A loss that is an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.criterion = torch.nn.CrossEntropyLoss()
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return self.criterion(self(images), labels)
+
+    def validation_step(self, batch, batch_idx):
+        images, labels = batch
+        self.log("val_loss", self.criterion(self(images), labels), sync_dist=True)
+
+
+class JudgedInPairs(TinyClassifier):
+    """Two of the classes against the other two."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss = torch.nn.BCEWithLogitsLoss()
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return self.loss(self(images)[:, 0], (labels % 2).float())
+
+
 class ShortEpochs(TinyImages):
     """An epoch, and so a validation, every two steps of eight images."""
 
@@ -186,6 +215,18 @@ CASES = [
         "self_tuning_networks",
         lambda: SelfTuning(mode="stn", warmup_steps=0, train_steps=1, lr=0.05),
         SmoothedEach,
+    ),
+    Case("MetricObjective", "anyloss", lambda: MetricObjective("f1", "multiclass", running=0.9), Judged),
+    Case(
+        "MetricObjective-batch",
+        "anyloss",
+        lambda: MetricObjective("gmean", criterion="loss", warmup=0.0, anneal=1.0, mix=0.9, running=None),
+        JudgedInPairs,
+        works_with=EVERYTHING - {"accumulation"},
+        reasons={
+            "accumulation": "works, with the metric of each micro-batch, which is not that of the batch; with running "
+            "sums both end alike"
+        },
     ),
     Case("TokenCompression-pairs", "diffrate", lambda: TokenCompression(target=0.7, lr=0.3, matching="bipartite")),
     # Batches double up to the cap, so that one process, two ranks and two micro-batches lay out the same batches.

@@ -15,6 +15,8 @@ def test_there_is_a_script_for_each_question():
     assert SCRIPTS == [
         "adaptive_batch_quality",
         "adaptive_loader",
+        "anyloss",
+        "anyloss_cost",
         "bo_rep",
         "bo_rep_cost",
         "bo_rep_digits",

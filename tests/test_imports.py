@@ -30,6 +30,7 @@ L1 = (
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
     *("whole_data", "perturbation", "batch_parts", "response_training"),
     *("self_tuning_arguments", "response_optimizer", "matching_dropout"),
+    *("losses", "criterion_call", "stratified_sampler"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -75,6 +76,9 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "self_tuning_arguments": (TORCH, L0),
     "response_optimizer": (TORCH | {"lightning"}, L0),
     "matching_dropout": (TORCH, (*L0, "hyper")),
+    "losses": (TORCH | {"torchmetrics"}, (*L0, "distributed", "criterion_call", "losses")),
+    "criterion_call": (TORCH, L0),
+    "stratified_sampler": (TORCH, (*L0, "distributed")),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
         ImageFolderDataModule,
         MNISTDataModule,
     )
+    from lightning_hpo.demos.imbalanced_data import ImbalancedDataModule
+    from lightning_hpo.demos.tabular_classifier import TabularClassifier
     from lightning_hpo.demos.text_data import SST2DataModule
 
 _HOME = {
@@ -24,8 +26,10 @@ _HOME = {
     "ImageDataModule": "image_data",
     "ImageFolderDataModule": "image_files",
     "MNISTDataModule": "image_files",
+    "ImbalancedDataModule": "imbalanced_data",
     "PhotoDenoisingDataModule": "denoising_data",
     "SST2DataModule": "text_data",
+    "TabularClassifier": "tabular_classifier",
 }
 
 __all__ = [
@@ -36,9 +40,11 @@ __all__ = [
     "ImageClassifier",
     "ImageDataModule",
     "ImageFolderDataModule",
+    "ImbalancedDataModule",
     "MNISTDataModule",
     "PhotoDenoisingDataModule",
     "SST2DataModule",
+    "TabularClassifier",
 ]
 
 

@@ -1,0 +1,132 @@
+"""Smooth stand-ins for the decision of a classifier: what a sample counts in a soft confusion matrix."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["SURROGATES", "Surrogate", "SurrogateName"]
+
+SurrogateName = Literal["anyloss", "sol-uniform", "sol-cosine", "sigmoid"]
+SURROGATES = ("anyloss", "sol-uniform", "sol-cosine", "sigmoid")
+_STEEPNESS = {"anyloss": 73.0, "sigmoid": 1.0}  # the papers'
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    r"""How much a sample counts as predicted positive, between 0 and 1.
+
+    With :math:`p = \sigma(z)` and threshold :math:`t`,
+
+    .. math:: a = \sigma(L (p - t)), \quad a = p, \quad
+              a = \tfrac12 + \tfrac{u}{2} + \tfrac{\sin \pi u}{2 \pi}, \quad a = \sigma(L (z - \sigma^{-1}(t)))
+
+    for ``"anyloss"``, ``"sol-uniform"``, ``"sol-cosine"`` (:math:`u = (p - t) / \delta` within -1 and 1) and
+    ``"sigmoid"``. Of several classes, :math:`p - \tfrac12` is half of :math:`q_c - \max_{j \ne c} q_j` and :math:`z` is
+    :math:`z_c - \max_{j \ne c} z_j`, so that two classes are the binary case; ``"sol-uniform"`` takes :math:`q_c`.
+
+    Args:
+        name: Which; ``"hard"`` besides, which is 0 or 1 and has no gradient.
+        amplification: :math:`L`; 73 for ``"anyloss"`` and 1 for ``"sigmoid"`` by default, which alone have it.
+        threshold: :math:`t`.
+        width: :math:`\delta`.
+
+    References:
+        Han, Moniz and Chawla, "AnyLoss", 2024, section 3; Marchetti, Guastavino, Piana and Campi, "Score-oriented loss
+        (SOL) functions", 2022, sections 3 and 4; Bénédict, Koops, Odijk and de Rijke, "sigmoidF1", 2022, section 3.
+
+    Example:
+        >>> Surrogate("anyloss")(torch.tensor([-0.1, 0.0, 0.1]))
+        tensor([0.1390, 0.5000, 0.8610])
+        >>> Surrogate("sol-uniform")(torch.tensor([-0.1, 0.0, 0.1]))
+        tensor([0.4750, 0.5000, 0.5250])
+    """
+
+    name: str = "anyloss"
+    amplification: float | None = None
+    threshold: float = 0.5
+    width: float = 0.1
+
+    @property
+    def steepness(self) -> float:
+        """The amplification in force; 1 where there is none."""
+        return self.amplification if self.amplification is not None else _STEEPNESS.get(self.name, 1.0)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Soft decisions of the same shape."""
+        if self.name == "sigmoid":
+            return torch.sigmoid(self.steepness * (logits - self._logit()))
+        if self.name == "hard":
+            return (logits > self._logit()).to(logits.dtype)
+        return self._of_probability(torch.sigmoid(logits))
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """Derivative of each soft decision in its logit."""
+        if self.name == "sigmoid":
+            return _bell(self(logits)) * self.steepness
+        if self.name == "hard":
+            return torch.zeros_like(logits)
+        p = torch.sigmoid(logits)
+        if self.name == "anyloss" and not torch.is_grad_enabled():  # the same, in place, because this decides the cost
+            soft = torch.mul(p, self.steepness).sub_(self.steepness * self.threshold).sigmoid_()
+            return p.mul_(1 - p).mul_(soft.mul_(1 - soft)).mul_(self.steepness)
+        return self._slope(p) * _bell(p)
+
+    def of_classes(self, logits: Tensor) -> Tensor:
+        """Soft decisions ``(N, C)`` of logits ``(N, C)``; they do not sum to 1 over classes."""
+        if self.name == "sigmoid":
+            return torch.sigmoid(self.steepness * _margins(logits))
+        if self.name == "hard":
+            return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+        q = logits.softmax(1)
+        return q if self.name == "sol-uniform" else self._of_probability(0.5 + 0.5 * _margins(q))
+
+    def class_slopes(self, logits: Tensor) -> Tensor:
+        """Derivative of the soft decision for each class in the class's own logit, ``(N, C)``."""
+        if self.name == "sigmoid":
+            return _bell(self.of_classes(logits)) * self.steepness
+        if self.name == "hard":
+            return torch.zeros_like(logits)
+        q = logits.softmax(1)
+        if self.name == "sol-uniform":
+            return _bell(q)
+        margins = _margins(q)
+        return self._slope(0.5 + 0.5 * margins) * 0.5 * q * (1 - margins)
+
+    def _logit(self) -> float:
+        return math.log(self.threshold / (1 - self.threshold))
+
+    def _of_probability(self, p: Tensor) -> Tensor:
+        if self.name == "anyloss":
+            return torch.sigmoid(self.steepness * (p - self.threshold))
+        if self.name == "sol-uniform":
+            return p
+        u = ((p - self.threshold) / self.width).clamp(-1, 1)
+        return 0.5 + 0.5 * u + torch.sin(math.pi * u) / (2 * math.pi)
+
+    def _slope(self, p: Tensor) -> Tensor:
+        """Derivative in the probability."""
+        if self.name == "anyloss":
+            return _bell(self._of_probability(p)) * self.steepness
+        if self.name == "sol-uniform":
+            return torch.ones_like(p)
+        u = ((p - self.threshold) / self.width).clamp(-1, 1)
+        return (1 + torch.cos(math.pi * u)) / (2 * self.width)
+
+
+def _bell(p: Tensor) -> Tensor:
+    return p * (1 - p)
+
+
+def _margins(values: Tensor) -> Tensor:
+    """What each class is ahead of the best of the others."""
+    (first, second), best = _two_largest(values)
+    others = torch.where(torch.arange(values.shape[1], device=values.device) == best, second, first)
+    return values - others
+
+
+def _two_largest(values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    top, index = values.topk(2, dim=1)
+    return (top[:, :1], top[:, 1:]), index[:, :1]
