@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_hpo import ConditionSpec, hypernetize
-from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
 from lightning_hpo.nn.hyper_network import HyperNetwork
 from lightning_hpo.nn.mip_hypernetworks import Hypernetized
 

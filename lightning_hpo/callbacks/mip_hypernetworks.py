@@ -14,7 +14,8 @@ from typing_extensions import override
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.condition_losses import ConditionLosses
-from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec, sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
+from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
 from lightning_hpo.nn.mip_hypernetworks import Hypernetized

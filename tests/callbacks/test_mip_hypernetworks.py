@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import ConditionedTraining, ConditionSpec, MicroBatchFinder, hypernetize
-from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
 from lightning_hpo.testing import TinyClassifier, TinyImages, check_resume, fit, fit_two_ranks, tiny_trainer
 from lightning_hpo.testing.checkpoints import kill_and_resume
 from lightning_hpo.testing.compare import assert_same

@@ -1,4 +1,4 @@
-"""Named conditions of a hyper-network: their ranges, the maps to [0, 1] and back, draws and grids."""
+"""Named conditions of a hyper-network: their ranges, the maps to [0, 1] and back, and grids."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Condition", "ConditionSpec", "sample_conditions"]
-
-_BLOCK = 32  # draws that are stratified together
-_APART = 2654435769  # an odd number near 2**32 over the golden ratio: seeds begin far from each other
+__all__ = ["Condition", "ConditionSpec"]
 
 
 @dataclass(frozen=True)
@@ -242,36 +239,3 @@ class ConditionSpec:
         if condition.categories:
             return torch.eye(condition.categories)
         return torch.linspace(0, 1, points)[:, None] if points > 1 else torch.tensor([[0.5]])
-
-
-def sample_conditions(numbers: range, names: int, seed: int = 0, stratified: bool = True) -> Tensor:
-    """Uniform draws by their number: the same number gives the same draw, on whichever rank and after any restart.
-
-    Args:
-        numbers: Which draws.
-        names: How many conditions.
-        seed: Decides everything.
-        stratified: Whether of 32 draws in a row each lies in a different 32nd of the range (a Latin hypercube).
-
-    Returns:
-        ``(draws, names)`` in [0, 1), on the CPU.
-
-    References:
-        McKay, Beckman and Conover, "A Comparison of Three Methods for Selecting Values of Input Variables", 1979.
-
-    Example:
-        >>> draws = sample_conditions(range(32), names=1)[:, 0]
-        >>> sorted((draws * 32).int().tolist()) == list(range(32))
-        True
-    """
-    first, last = numbers[0] // _BLOCK, numbers[-1] // _BLOCK
-    blocks = []
-    for block in range(first, last + 1):
-        generator = torch.Generator().manual_seed((seed * _APART + block) % 2**32)  # on the CPU 32 bits count
-        inside = torch.rand(_BLOCK, names, generator=generator, dtype=torch.float64)
-        if stratified:
-            cells = torch.stack([torch.randperm(_BLOCK, generator=generator) for _ in range(names)], 1)
-            inside = (cells + inside) / _BLOCK
-        blocks.append(inside)
-    found = torch.cat(blocks)[[number - first * _BLOCK for number in numbers]]
-    return found.to(torch.get_default_dtype()).clamp(max=1 - 2**-24)  # rounding may not reach one

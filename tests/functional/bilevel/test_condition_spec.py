@@ -1,4 +1,4 @@
-"""Named conditions: maps there and back, refusals, grids, and draws that are the same wherever they are made."""
+"""Named conditions: maps there and back, refusals and grids."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hpo import ConditionSpec
-from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
 
 
 def spec():
@@ -94,26 +94,3 @@ def test_categories_are_drawn_equally_often():
     assert gamma[:, 1:4].sum(1).unique().tolist() == [1]
     assert gamma[:, 1:4].sum(0).tolist() == pytest.approx([96] * 3, abs=9)
     assert (gamma[:, [0, 4]] >= 0).all() & (gamma[:, [0, 4]] < 1).all()
-
-
-def test_a_draw_follows_from_its_number():
-    whole = sample_conditions(range(200), 2, seed=3)
-    torch.testing.assert_close(sample_conditions(range(57, 120), 2, seed=3), whole[57:120], rtol=0, atol=0)
-    ranks = [sample_conditions(range(10 + rank, 90, 4), 2, seed=3) for rank in range(4)]
-    assert torch.equal(torch.stack(ranks, 1).flatten(0, 1), whole[10:90])
-    assert not torch.equal(sample_conditions(range(200), 2, seed=4), whole)
-
-
-def test_strata_and_what_they_are_good_for():
-    """Means of 32 stratified draws scatter far less than those of independent ones: 1/n instead of 1/sqrt(n)."""
-    stratified, uniform = (
-        sample_conditions(range(3200), 2, stratified=s).unflatten(0, (100, 32)) for s in (True, False)
-    )
-    assert torch.equal((stratified * 32).long().sort(1).values[0, :, 1], torch.arange(32))
-    for draws in (stratified, uniform):
-        assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
-        assert draws.var().item() == pytest.approx(1 / 12, abs=0.005)
-    assert uniform.mean(1).std().item() == pytest.approx((1 / 12 / 32) ** 0.5, rel=0.2)
-    assert stratified.mean(1).std().item() == pytest.approx((1 / 12 / 32) ** 0.5 / 32, rel=0.2)
-    correlation = torch.corrcoef(stratified.flatten(0, 1).T)[0, 1]
-    assert abs(correlation) < 0.06
