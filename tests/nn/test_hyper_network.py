@@ -143,12 +143,12 @@ def test_one_network_learns_a_family():
 
 def test_refusals():
     with pytest.raises(
-        ValueError, match=r"nothing to predict; conditions must be positive, got 0; hidden sizes .*\(0,\)"
+        ValueError, match=r"nothing to predict; conditions must be a positive integer, got 0; hidden sizes .*\(0,\)"
     ):
         HyperNetwork({}, conditions=0, hidden=(0,))
     with pytest.raises(TypeError, match=r"not \['steps'\]"):
         HyperNetwork({"steps": torch.zeros(1, dtype=torch.long)}, conditions=1)
-    with pytest.raises(ValueError, match=r"no trainable parameter is named like \('no',\)"):
+    with pytest.raises(ValueError, match=r"no trainable parameter is named like \['no'\]; there are"):
         hypernetize(nn.Linear(1, 1), conditions=1, include=("no",))
     of_two = HyperNetwork({"w": torch.zeros(2, 2)}, conditions=2)
     with pytest.raises(ValueError, match=r"a condition has 2 numbers, got shape \(3,\)"):

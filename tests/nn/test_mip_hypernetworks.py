@@ -126,7 +126,7 @@ def test_frozen_parameters_stay_and_integers_are_refused():
     counted.steps = nn.Parameter(torch.zeros(1, dtype=torch.long), requires_grad=False)
     with pytest.raises(TypeError, match=r"not \['steps'\]"):
         hypernetize(counted, 1)
-    with pytest.raises(ValueError, match="conditions must be positive, got 0"):
+    with pytest.raises(ValueError, match="conditions must be a positive integer, got 0"):
         hypernetize(net(), ConditionSpec())
 
 

@@ -86,7 +86,7 @@ def test_grids():
     assert spec().grid(1)[:, [0, 4]].unique().tolist() == [0.5]
     assert spec().centre().tolist() == [0.5, 1, 0, 0, 0.5]
     assert spec().ranges().tolist() == [True, False, False, False, True]
-    assert spec().label(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})) == "decay_0.001_task_2_noise_0.5"
+    assert spec().labels(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})[None]) == ["decay_0.001_task_2_noise_0.5"]
 
 
 def test_categories_are_drawn_equally_often():
