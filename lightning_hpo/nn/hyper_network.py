@@ -178,7 +178,7 @@ def _warn_of_size(columns: int, targets: Sequence[Tensor]) -> None:
         warnings.warn(
             f"the last layers take {needed / 2**30:.2g} GiB, and {free / 2**30:.2g} are free; give `rank`, a smaller "
             "last hidden size, or fewer parameters to predict",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -86,7 +86,9 @@ def test_grids():
     assert spec().grid(1)[:, [0, 4]].unique().tolist() == [0.5]
     assert spec().centre().tolist() == [0.5, 1, 0, 0, 0.5]
     assert spec().ranges().tolist() == [True, False, False, False, True]
-    assert spec().labels(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})[None]) == ["decay_0.001_task_2_noise_0.5"]
+    assert spec().labels(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})[None]) == [
+        "decay_0.001_task_2_noise_0.5"
+    ]
 
 
 def test_categories_are_drawn_equally_often():
@@ -94,3 +96,29 @@ def test_categories_are_drawn_equally_often():
     assert gamma[:, 1:4].sum(1).unique().tolist() == [1]
     assert gamma[:, 1:4].sum(0).tolist() == pytest.approx([96] * 3, abs=9)
     assert (gamma[:, [0, 4]] >= 0).all() & (gamma[:, [0, 4]] < 1).all()
+
+
+def test_values_that_are_no_numbers():
+    for bad in ("high", None, [[1.0], [2.0, 3.0]]):
+        with pytest.raises(ValueError, match="`noise` must be a number, or one for each example, got"):
+            spec().encode({"decay": 1e-3, "task": 0, "noise": bad})
+    with pytest.raises(TypeError, match="`x`: low and high must be numbers, got '0' and 1.0"):
+        ConditionSpec().add("x", "0")
+    for name in ("", 3):
+        with pytest.raises(TypeError, match=f"the name of a condition must be a text, got {name!r}"):
+            ConditionSpec().add(name)
+
+
+def test_labels_tell_conditions_apart():
+    narrow = ConditionSpec().add("x", 1000.0, 1000.1)
+    assert len(set(narrow.labels(narrow.grid(5)))) == 5
+    assert ConditionSpec().add("x").labels(torch.tensor([[1 / 3], [0.5]])) == ["x_0.3333", "x_0.5"]
+    assert ConditionSpec().add("x").labels(torch.tensor([[0.5], [0.5]])) == ["x_0.5"] * 2
+
+
+def test_combinations_are_counted_without_being_made():
+    assert spec().combinations(3) == len(spec().grid(3)) == 27
+    many = ConditionSpec()
+    for number in range(40):
+        many.add(f"x{number}")
+    assert many.combinations(5) == 5**40
