@@ -150,14 +150,27 @@ def by_bin(course: dict[str, Any]) -> tuple[Any, Any, Any]:
     return middle, low, high
 
 
-def size_rows() -> list[dict[str, Any]]:
-    """Standard deviation of a predicted kernel of 16x8x3x3 at the beginning, by condition."""
+def kernel_size(way: str, kaiming: bool, seed: int, gamma: float) -> float:
+    """Standard deviation of a predicted kernel of 16x8x3x3 at the beginning."""
+    torch.manual_seed(seed)
+    weight = nn.Conv2d(8, 16, 3).weight.detach()
+    if kaiming:  # of a leaky ReLU, as the paper has it; torch's own is less than half as large
+        nn.init.kaiming_normal_(weight, a=0.01)
+    network = HyperNetwork({"w": weight}, conditions=1, **WAYS[way])
+    with torch.no_grad():
+        return network(torch.tensor([gamma]))["w"].std().item()
+
+
+def size_rows(seeds: int) -> list[dict[str, Any]]:
+    """Its size by condition, and how far those at 0.01 and at 1 are from each other over some seeds."""
     rows = []
-    for way in ("default", "MIP"):
-        torch.manual_seed(0)
-        network = HyperNetwork({"w": nn.Conv2d(8, 16, 3).weight}, conditions=1, **WAYS[way])
-        stds = {f"gamma_{g:g}": network(torch.tensor([g]))["w"].std().item() for g in (0.01, 0.1, 0.5, 1.0)}
-        rows.append({"parametrisation": way, **{name: float(f"{std:.4g}") for name, std in stds.items()}})
+    for way, kaiming in (("default", False), ("MIP", False), ("MIP", True)):
+        stds = {f"gamma_{g:g}": float(f"{kernel_size(way, kaiming, 0, g):.4g}") for g in (0.01, 0.1, 0.5, 1.0)}
+        pairs = [[kernel_size(way, kaiming, seed, gamma) for gamma in (0.01, 1.0)] for seed in range(seeds)]
+        ratios = [max(pair) / min(pair) for pair in pairs]
+        name = f"{way}, Kaiming's initialisation" if kaiming else way
+        spread = {"median_ratio": round(float(np.median(ratios)), 3), "largest_ratio": round(max(ratios), 3)}
+        rows.append({"parametrisation": name, **stds, **spread})
     return rows
 
 
@@ -210,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     others = {(w, o, 0): run(w, o, 0, epochs, average=False) for o in OPTIMIZERS for w in ("default", "MIP")}
     other = [row_of(*key, course) for key, course in others.items()]
     show("Digits, a wider linear layer", other, {"parametrisation": "", "optimizer": "", "seed": "d", **columns})
-    norms, sizes = gradient_rows(seeds, chosen.quick), size_rows()
+    norms, sizes = gradient_rows(seeds, chosen.quick), size_rows(2 if chosen.quick else 200)
     show(
         "Norm of the gradient at the beginning",
         norms,

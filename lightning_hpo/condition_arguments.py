@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec
 from lightning_hpo.nn.mip_hypernetworks import Hypernetized
 
-__all__ = ["argument_problems", "encoded_grid", "shared_parameters"]
+__all__ = ["argument_problems", "choice_problems", "encoded_grid", "shared_parameters"]
 
 _MOST = 1000  # conditions on a grid
 
@@ -82,6 +82,31 @@ def encoded_grid(
     if condition is not None:
         _encoded(spec, condition, "condition", problems)
     return rows, problems
+
+
+def choice_problems(spec: ConditionSpec, chosen: Mapping[str, float]) -> list[str]:
+    """Why a choice that was loaded cannot be used.
+
+    Args:
+        spec: The conditions' names and ranges.
+        chosen: Values by name; none if nothing was chosen.
+
+    Returns:
+        One sentence, or none.
+
+    Example:
+        >>> choice_problems(ConditionSpec().add("x"), {"y": 0.5})
+        ["the checkpoint chose ['y'], the module has ['x']."]
+    """
+    if not chosen:
+        return []
+    if set(chosen) != set(spec):
+        return [f"the checkpoint chose {list(chosen)}, the module has {list(spec)}."]
+    try:
+        spec.encode(chosen)
+    except ValueError as error:
+        return [f"the checkpoint's choice does not fit the module: {error}."]
+    return []
 
 
 def shared_parameters(module: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
-from lightning_hpo.condition_arguments import argument_problems, encoded_grid, shared_parameters
+from lightning_hpo.condition_arguments import argument_problems, choice_problems, encoded_grid, shared_parameters
 from lightning_hpo.condition_losses import ConditionLosses, lowest, mean_losses
 from lightning_hpo.conditioned_parts import ConditionedParts
 from lightning_hpo.held_out import HeldOutBatches
@@ -120,17 +120,8 @@ class ConditionedTraining(MethodCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a choice among other conditions."""
         super().load_state_dict(state_dict)
-        self._check_chosen()
-
-    def _check_chosen(self) -> None:
-        if not self._parts.nets or not self.chosen:
-            return
-        if set(self.chosen) != set(self._parts.spec):
-            self.raise_all([f"the checkpoint chose {list(self.chosen)}, the module has {list(self._parts.spec)}."])
-        try:
-            self._parts.spec.encode(self.chosen)
-        except ValueError as error:
-            self.raise_all([f"the checkpoint's choice does not fit the module: {error}."])
+        if self._parts.nets:
+            self.raise_all(choice_problems(self._parts.spec, self.chosen))
 
     # Around training
 
@@ -157,7 +148,7 @@ class ConditionedTraining(MethodCallback):
             )
         if stage == "fit" and before.nets and not before.same(self._parts):
             self.draws, self.chosen, self.losses = 0, {}, []  # another module begins from the beginning
-        self._check_chosen()
+        self.raise_all(choice_problems(self._parts.spec, self.chosen))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,10 +195,10 @@ class ConditionedTraining(MethodCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hands over the condition to validate at; outside of a fit it is compared with the grid."""
         self._rest(pl_module)
-        known = (
-            [] if trainer.state.fn == TrainerFn.FITTING or not self.chosen else [self._parts.spec.encode(self.chosen)]
-        )
-        self._tried = torch.stack([*self._grid, *known]) if self.grid else self._grid
+        tried = [*self._grid]
+        if self.chosen and trainer.state.fn != TrainerFn.FITTING:  # refined, perhaps, and better than the grid
+            tried.append(self._parts.spec.encode(self.chosen))
+        self._tried = torch.stack(tried) if self.grid else self._grid
         self._totals = torch.zeros(len(self._tried) + 1, device=pl_module.device)
 
     @override
@@ -283,15 +274,7 @@ class ConditionedTraining(MethodCallback):
         """Takes it back."""
         self._parts.hand_over(None)
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands over the chosen condition."""
-        self._rest(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes it back."""
-        self._parts.hand_over(None)
+    on_predict_start, on_predict_end = on_test_start, on_test_end
 
     # The end
 
