@@ -41,11 +41,20 @@ BINS = 10
 
 
 def primary(average: bool = True) -> nn.Module:
-    """Two convolutions and a linear layer, on the mean over all places or on each of four."""
+    """Two convolutions and a linear layer, on the mean over all places or on each of four; begun as in the paper."""
     first = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
+    last: list[nn.Module] = [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10)]
     if average:
-        return nn.Sequential(*first, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-    return nn.Sequential(*first, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+        last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    return nn.Sequential(*first, *last).apply(begin)
+
+
+def begin(layer: nn.Module) -> None:
+    """Kaiming's initialisation for a leaky ReLU; torch's own is less than half as large."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(layer.weight, a=0.01)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,10 +162,10 @@ def by_bin(course: dict[str, Any]) -> tuple[Any, Any, Any]:
 def kernel_size(way: str, kaiming: bool, seed: int, gamma: float) -> float:
     """Standard deviation of a predicted kernel of 16x8x3x3 at the beginning."""
     torch.manual_seed(seed)
-    weight = nn.Conv2d(8, 16, 3).weight.detach()
-    if kaiming:  # of a leaky ReLU, as the paper has it; torch's own is less than half as large
-        nn.init.kaiming_normal_(weight, a=0.01)
-    network = HyperNetwork({"w": weight}, conditions=1, **WAYS[way])
+    layer = nn.Conv2d(8, 16, 3)
+    if kaiming:
+        begin(layer)
+    network = HyperNetwork({"w": layer.weight}, conditions=1, **WAYS[way])
     with torch.no_grad():
         return network(torch.tensor([gamma]))["w"].std().item()
 
@@ -181,9 +190,7 @@ def draw(courses: dict[tuple[str, str, int], dict[str, Any]], path: Path) -> Non
     gammas = np.geomspace(0.01, 1, 9).tolist()
     for way, colour in (("default", "C3"), ("MIP", "C0")):
         axes[0][0].plot(gammas, first_gradients(way, 0, gammas), "o-", ms=3, color=colour, label=way)
-        torch.manual_seed(0)
-        network = HyperNetwork({"w": nn.Conv2d(8, 16, 3).weight}, conditions=1, **WAYS[way])
-        stds = [network(torch.tensor([gamma]))["w"].std().item() for gamma in gammas]
+        stds = [kernel_size(way, True, 0, gamma) for gamma in gammas]
         axes[1][0].plot(gammas, stds, "o-", ms=3, color=colour, label=way)
         for row, optimizer in enumerate(OPTIMIZERS):
             course = courses[way, optimizer, 0]

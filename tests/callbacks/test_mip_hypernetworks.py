@@ -253,6 +253,24 @@ def test_a_loss_without_a_gradient_costs_the_refinement_alone():
     assert len(training.losses) == 5
 
 
+def test_a_gradient_that_is_not_finite_costs_the_refinement_alone():
+    class Cusp(Echo):
+        def validation_step(self, batch, batch_idx):
+            return self.net.condition["x"].abs().sqrt()
+
+    training = ConditionedTraining(grid=5, refine_steps=2)
+    text = "The choice is the best of the grid, because a gradient in the condition was not finite"
+    with pytest.warns(UserWarning, match=text):
+        fit(training, Cusp(), TinyImages(), max_epochs=1)
+    assert training.chosen == {"x": 0.0}
+
+
+def test_a_refinement_that_ends_worse_is_not_taken():
+    training = ConditionedTraining(grid=9, refine_steps=1, lr=1.0)  # one step to the end of the range
+    fit(training, Echo(), TinyImages(), max_epochs=1)
+    assert training.chosen == {"x": pytest.approx(-0.25)}
+
+
 def test_conditions_close_together_are_logged_apart():
     training = ConditionedTraining(grid=3, val_loss=lambda module, batch: module.net.condition["x"])
     trainer = tiny_trainer(training, max_epochs=1)
