@@ -92,24 +92,26 @@ class ConditionLosses:
             lr: First learning rate.
 
         Returns:
-            The condition in the end, ``(k)``, within [0, 1].
+            The condition in the end, ``(k)``, within [0, 1]; nan if a gradient was not finite.
 
         Raises:
             NoLossError: If the loss has no gradient in the condition.
         """
         gamma = gamma.detach().clone().requires_grad_()
-        optimizer = torch.optim.Adam([gamma], lr)
+        optimizer, finite = torch.optim.Adam([gamma], lr), torch.tensor(True, device=gamma.device)
         for step, batch in enumerate(batches):
             with torch.enable_grad():
                 loss = self.at(gamma, batch)
                 slope = torch.autograd.grad(loss, gamma, allow_unused=True)[0] if loss.requires_grad else None
             if slope is None:
                 raise NoLossError("the validation loss has no gradient in the condition: is it detached?")
-            gamma.grad = distributed.mean(slope) * free
+            slope = distributed.mean(slope)
+            finite &= slope.isfinite().all()
+            gamma.grad = slope.nan_to_num(0.0, 0.0, 0.0) * free
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.step()
             gamma.data.clamp_(0, 1)
-        return gamma.detach()
+        return gamma.detach().where(finite, torch.nan)
 
     def improved(
         self, gamma: Tensor, free: Tensor, draw: Callable[[int], Iterable[Any]], steps: int, lr: float, size: int
