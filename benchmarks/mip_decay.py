@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_hpo import ConditionSpec, hypernetize
 from lightning_hpo.demos import MNISTDataModule
-from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
 
 __all__ = ["decay_rows"]
 

@@ -1,17 +1,18 @@
 """The validation loss of a module with hypernetized parts as a function of their condition; no Trainer needed."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_hpo import distributed
-from lightning_hpo.module_losses import ModuleLosses
+from lightning_hpo.module_losses import ModuleLosses, NoLossError
 from lightning_hpo.nn.mip_hypernetworks import Hypernetized
 from lightning_hpo.whole_data import batch_length
 
-__all__ = ["ConditionLosses"]
+__all__ = ["ConditionLosses", "lowest", "mean_losses"]
 
 
 class ConditionLosses:
@@ -35,8 +36,8 @@ class ConditionLosses:
         ...     validation_step = training_step
         >>> module = Net()
         >>> losses = ConditionLosses(ModuleLosses(module, {}), [module.net])
-        >>> losses.sums(torch.tensor([[0.3], [1.3]]), [torch.ones(2, 1), torch.ones(4, 1)])
-        tensor([0.0000, 6.0000, 6.0000])
+        >>> losses.sums(torch.tensor([[0.3], [0.8]]), [torch.ones(2, 1), torch.ones(4, 1)])
+        tensor([0.0000, 1.5000, 6.0000])
         >>> gamma = losses.refined(torch.tensor([0.5]), torch.tensor([True]), [torch.ones(2, 1)] * 100, 100, lr=0.05)
         >>> round(gamma.item(), 2)
         0.3
@@ -91,15 +92,82 @@ class ConditionLosses:
             lr: First learning rate.
 
         Returns:
-            The condition in the end, ``(k)``, within [0, 1].
+            The condition in the end, ``(k)``, within [0, 1]; nan if a gradient was not finite.
+
+        Raises:
+            NoLossError: If the loss has no gradient in the condition.
         """
         gamma = gamma.detach().clone().requires_grad_()
-        optimizer = torch.optim.Adam([gamma], lr)
+        optimizer, finite = torch.optim.Adam([gamma], lr), torch.tensor(True, device=gamma.device)
         for step, batch in enumerate(batches):
             with torch.enable_grad():
-                (slope,) = torch.autograd.grad(self.at(gamma, batch), gamma)
-            gamma.grad = distributed.mean(slope) * free
+                loss = self.at(gamma, batch)
+                slope = torch.autograd.grad(loss, gamma, allow_unused=True)[0] if loss.requires_grad else None
+            if slope is None:
+                raise NoLossError("the validation loss has no gradient in the condition: is it detached?")
+            slope = distributed.mean(slope)
+            finite &= slope.isfinite().all()
+            gamma.grad = slope.nan_to_num(0.0, 0.0, 0.0) * free
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.step()
             gamma.data.clamp_(0, 1)
-        return gamma.detach()
+        return gamma.detach().where(finite, torch.nan)
+
+    def improved(
+        self, gamma: Tensor, free: Tensor, draw: Callable[[int], Iterable[Any]], steps: int, lr: float, size: int
+    ) -> Tensor:
+        """What :meth:`refined` comes to where that has the lower loss, and where it began otherwise.
+
+        Args:
+            gamma: Where to begin, ``(k)``.
+            free: Which of the numbers may move, ``(k)``.
+            draw: Gives so many batches, as many on every rank.
+            steps: How many steps there are, each on a batch.
+            lr: First learning rate.
+            size: On how many further batches both are compared.
+
+        Returns:
+            The better condition, ``(k)``.
+
+        Raises:
+            NoLossError: If the loss has no gradient in the condition, or none that is finite.
+        """
+        found = self.refined(gamma, free, draw(steps), steps, lr)
+        if not bool(torch.isfinite(found).all()):
+            raise NoLossError("a gradient in the condition was not finite")
+        first, last = mean_losses(self.sums(torch.stack([gamma, found]), draw(size)))
+        return found if last < first else gamma
+
+
+def mean_losses(sums: Tensor) -> list[float]:
+    """Means over all examples of all ranks, on the host.
+
+    Args:
+        sums: What :meth:`ConditionLosses.sums` gave on this rank.
+
+    Returns:
+        One loss a condition; nan where there was no example.
+
+    Example:
+        >>> mean_losses(torch.tensor([3.0, 6.0, 2.0]))
+        [1.5, 3.0]
+    """
+    *totals, examples = distributed.sum(sums).tolist()
+    return [total / examples if examples else math.nan for total in totals]
+
+
+def lowest(losses: Sequence[float]) -> int | None:
+    """Where the lowest of finite losses is.
+
+    Args:
+        losses: Any numbers.
+
+    Returns:
+        Its index; None if no loss is finite.
+
+    Example:
+        >>> lowest([2.0, 1.0, float("nan")]), lowest([float("inf")])
+        (1, None)
+    """
+    finite = [index for index, loss in enumerate(losses) if math.isfinite(loss)]
+    return min(finite, key=losses.__getitem__) if finite else None

@@ -24,7 +24,8 @@ LIGHTNING = TORCH | {"lightning", "numpy", "rich", "matplotlib", "torchmetrics",
 L0 = ("functional", "nn")
 L1 = (
     *("frozen", "hyper", "state", "stateless", "single_samples", "module_losses", "distributed"),
-    *("condition_losses", "data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
+    *("condition_arguments", "condition_losses", "conditioned_parts"),
+    *("data", "held_out", "live_loader", "batch_source", "accumulation", "gradients"),
     *("gradient_noise", "noise_estimators", "sharded_gradients"),
     *("scaled_step", "batch_controller", "tuned_optimizer", "outer_parameters", "validation_loader", "indexed_data"),
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
@@ -37,6 +38,8 @@ L1 = (
 RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "functional": (TORCH, L0),
     "nn": (TORCH | {"timm"}, L0),
+    "condition_arguments": (TORCH, L0),
+    "conditioned_parts": (TORCH, (*L0, "distributed")),
     "condition_losses": (TORCH, (*L0, "distributed", "module_losses", "whole_data")),
     "frozen": (TORCH, L0),
     "hyper": (TORCH, L0),

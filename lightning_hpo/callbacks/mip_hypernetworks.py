@@ -2,27 +2,28 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
-from lightning_hpo.condition_losses import ConditionLosses
-from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec, sample_conditions
+from lightning_hpo.condition_arguments import argument_problems, choice_problems, encoded_grid, shared_parameters
+from lightning_hpo.condition_losses import ConditionLosses, lowest, mean_losses
+from lightning_hpo.conditioned_parts import ConditionedParts
 from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.module_losses import ModuleLoss, ModuleLosses, NoLossError
-from lightning_hpo.nn.mip_hypernetworks import Hypernetized
 from lightning_hpo.whole_data import batch_length
 
 __all__ = ["ConditionedTraining"]
 
-_MOST = 1000  # conditions on a grid
 _STREAM = 16  # batches that stand for validation data without a length
 
 
@@ -94,27 +95,17 @@ class ConditionedTraining(MethodCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        checks = {
-            f"sampling must be 'stratified' or 'uniform', got {sampling!r}": sampling in ("stratified", "uniform"),
-            f"grid must be an integer of at least 0, or a list of conditions, got {grid!r}": _whole(grid)
-            or (isinstance(grid, (list, tuple)) and bool(grid) and all(isinstance(at, Mapping) for at in grid)),
-            f"refine_steps must be an integer of at least 0, got {refine_steps!r}": _whole(refine_steps),
-            "refine_steps needs a grid to begin from": not refine_steps or bool(grid),
-            f"lr must be above 0 and at most 1, got {lr!r}": isinstance(lr, (int, float)) and 0 < lr <= 1,
-            f"seed must be an integer from 0 to 2**31 - 1, got {seed!r}": _whole(seed) and seed < 2**31,
-        }
-        if problems := [problem for problem, holds in checks.items() if not holds]:
-            raise ValueError(f"`ConditionedTraining`: {'; '.join(problems)}.")
         self.sampling, self.per_example, self.grid, self.condition = sampling, per_example, grid, condition
         self.refine_steps, self.lr, self.seed = refine_steps, lr, seed
         self.val_dataloader, self.val_loss = val_dataloader, val_loss
+        if problems := argument_problems(self):
+            raise ValueError(f"`ConditionedTraining`: {'; '.join(problems)}.")
         self.draws = 0
         self.chosen: dict[str, float] = {}
         self.losses: list[float] = []
         self.held_out = HeldOutBatches()  # drawn from at the end alone, so its position is no state
-        self._nets: list[Hypernetized] = []
-        self._spec = ConditionSpec()
-        self._grid = torch.empty(0)
+        self._parts = ConditionedParts(torch.nn.Module())  # none before a setup
+        self._grid = self._tried = torch.empty(0)
         self._drawn = 0  # for the present batch
         self._totals: Tensor | None = None  # of losses times examples, and of examples
         self._scored_at = -1  # the optimizer step of the last validation
@@ -123,17 +114,14 @@ class ConditionedTraining(MethodCallback):
     @override
     def hyperparameters(self) -> dict[str, float | list[float]]:
         """The condition that is used in validation and afterwards."""
-        return dict(self._values(self._resting())) if self._nets else {}
+        return dict(self._parts.values(self._resting())) if self._parts.nets else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a choice among other conditions."""
         super().load_state_dict(state_dict)
-        self._check_chosen()
-
-    def _check_chosen(self) -> None:
-        if self._nets and self.chosen and set(self.chosen) != set(self._spec):
-            self.raise_all([f"the checkpoint chose {list(self.chosen)}, the module has {list(self._spec)}."])
+        if self._parts.nets:
+            self.raise_all(choice_problems(self._parts.spec, self.chosen))
 
     # Around training
 
@@ -141,39 +129,26 @@ class ConditionedTraining(MethodCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the hypernetized parts and makes the grid."""
         self.refuse_sharded_strategy(trainer)
-        nets = [part for part in pl_module.modules() if isinstance(part, Hypernetized)]
-        if not nets:
+        before, self._parts, self._scored_at = self._parts, ConditionedParts(pl_module), -1
+        if not self._parts.nets:
             self.raise_all(
                 [f"no part of `{type(pl_module).__name__}` is hypernetized; make one: `net = hypernetize(net, spec)`."]
             )
-        problems = self._prepare(nets[0].spec)
-        if any(net.spec != nets[0].spec for net in nets):
-            problems.append("hypernetized parts have different conditions; give them the same `ConditionSpec`.")
+        self._grid, problems = encoded_grid(self._parts.spec, self.grid, self.condition)
+        problems += self._parts.problems()
+        if self.refine_steps and not self._parts.spec.ranges().any():
+            problems.append("`refine_steps` moves ranges, and all conditions are categories; leave it out.")
         if self.grid and stage in ("fit", "validate"):
             problems += self.scoring_problems(pl_module, self.val_loss)
         self.raise_all(problems)
-        if stage == "fit" and self._nets and [id(net) for net in nets] != [id(net) for net in self._nets]:
+        if shared := shared_parameters(pl_module):
+            rank_zero_warn(
+                f"{shared} are also predicted by a hypernetized part, and never change here. Use that part alone, or "
+                "hypernetize the whole that contains both."
+            )
+        if stage == "fit" and before.nets and not before.same(self._parts):
             self.draws, self.chosen, self.losses = 0, {}, []  # another module begins from the beginning
-        self._nets, self._scored_at = nets, -1
-        self._check_chosen()
-
-    def _prepare(self, spec: ConditionSpec) -> list[str]:
-        """Encodes what was given by name; returns what is wrong with it."""
-        self._spec, problems = spec, []
-        try:
-            if not isinstance(self.grid, int):
-                self._grid = torch.stack([spec.encode(at) for at in self.grid])
-            elif self.grid:
-                self._grid = spec.grid(self.grid)
-        except ValueError as error:
-            problems.append(f"in `grid`, {error}.")
-        if len(self._grid) > _MOST:
-            problems.append(f"the grid has {len(self._grid)} conditions; use fewer values each, or give a list.")
-        try:
-            _ = None if self.condition is None else spec.encode(self.condition)
-        except ValueError as error:
-            problems.append(f"in `condition`, {error}.")
-        return problems
+        self.raise_all(choice_problems(self._parts.spec, self.chosen))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -188,12 +163,10 @@ class ConditionedTraining(MethodCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draws a condition, and hands it over."""
         rows = self._length(batch) if self.per_example else 1
-        ranks = distributed.world_size()
-        numbers = range(self.draws + distributed.rank(), self.draws + rows * ranks, ranks)
-        uniform = sample_conditions(numbers, len(self._spec.conditions), self.seed, self.sampling == "stratified")
-        gamma = self._spec.from_uniform(uniform).to(pl_module.device, non_blocking=True)
-        self._hand(gamma if self.per_example else gamma[0])
-        self._drawn = rows * ranks
+        drawn = self._parts.draw(self.draws, rows, self.seed, self.sampling == "stratified")
+        gamma = drawn.to(pl_module.device, non_blocking=True)
+        self._parts.hand_over(gamma if self.per_example else gamma[0])
+        self._drawn = rows * distributed.world_size()
 
     @override
     def on_train_batch_end(
@@ -201,7 +174,7 @@ class ConditionedTraining(MethodCallback):
     ) -> None:
         """Counts the draws, and logs the present condition."""
         self.draws += self._drawn
-        self.note_values({name: value.float().mean() for name, value in self._nets[0].condition.items()})
+        self.note_values({name: value.float().mean() for name, value in self._parts.nets[0].condition.items()})
         self.log_noted(trainer, pl_module)
 
     def _length(self, batch: Any) -> int:
@@ -211,25 +184,22 @@ class ConditionedTraining(MethodCallback):
             self.raise_all([f"{error}."])
             raise
 
-    def _hand(self, gamma: Tensor | None) -> None:
-        for net in self._nets:
-            net.gamma = gamma
-
     def _resting(self) -> Tensor:
         """The condition in validation and afterwards, in [0, 1]."""
         values = self.chosen if self.condition is None else self.condition
-        return self._spec.encode(values) if values else self._spec.centre()
-
-    def _values(self, gamma: Tensor) -> dict[str, float]:
-        return {name: value.item() for name, value in self._spec.decode(gamma).items()}
+        return self._parts.spec.encode(values) if values else self._parts.spec.centre()
 
     # Validation
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands over the condition to validate at."""
+        """Hands over the condition to validate at; outside of a fit it is compared with the grid."""
         self._rest(pl_module)
-        self._totals = torch.zeros(len(self._grid) + 1, device=pl_module.device)
+        tried = [*self._grid]
+        if self.chosen and trainer.state.fn != TrainerFn.FITTING:  # refined, perhaps, and better than the grid
+            tried.append(self._parts.spec.encode(self.chosen))
+        self._tried = torch.stack(tried) if self.grid else self._grid
+        self._totals = torch.zeros(len(self._tried) + 1, device=pl_module.device)
 
     @override
     def on_validation_batch_end(
@@ -244,7 +214,7 @@ class ConditionedTraining(MethodCallback):
         """Computes the loss of the batch at each condition of the grid; of the first loader only."""
         if self._totals is None or not self.grid or dataloader_idx or trainer.sanity_checking:
             return
-        self._totals += self._sums(trainer, pl_module, self._grid, [batch])
+        self._totals += self._sums(trainer, pl_module, self._tried, [batch])
         self._rest(pl_module)
 
     @override
@@ -252,23 +222,25 @@ class ConditionedTraining(MethodCallback):
         """Chooses the best condition, the same on every rank."""
         if self._totals is None or not self.grid or trainer.sanity_checking:
             return
-        self._choose(self._grid, self._totals)
-        self._scored_at = trainer.global_step
-        names = [f"val_loss/{self._spec.label(gamma)}" for gamma in self._grid]
+        losses = self._choose(self._tried, self._totals)
+        self.losses, self._scored_at = losses[: len(self._grid)], trainer.global_step
+        names = [f"val_loss/{label}" for label in self._parts.spec.labels(self._grid)]
         values = dict(zip(names, self.losses, strict=True))
         values |= {f"chosen_{name}": value for name, value in self.chosen.items()}
+        best = lowest(losses)
+        values["val_loss"] = float("nan") if best is None else losses[best]
         # The same on all ranks anyway; without being told to average, Lightning warns.
-        self.log_values(pl_module, values | {"val_loss": min(self.losses)}, sync_dist=True)
+        self.log_values(pl_module, values, sync_dist=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the condition back."""
-        self._hand(None)
+        self._parts.hand_over(None)
         self._totals = None
 
     def _losses(self, trainer: Trainer, pl_module: LightningModule) -> ConditionLosses:
         context: Callable[[], AbstractContextManager[Any]] = trainer.precision_plugin.val_step_context
-        return ConditionLosses(ModuleLosses(pl_module, {}, None, self.val_loss, context), self._nets)
+        return ConditionLosses(ModuleLosses(pl_module, {}, None, self.val_loss, context), self._parts.nets)
 
     def _sums(self, trainer: Trainer, pl_module: LightningModule, gammas: Tensor, batches: Iterable[Any]) -> Tensor:
         try:
@@ -277,18 +249,18 @@ class ConditionedTraining(MethodCallback):
             self.raise_all([f"{error}."])
             raise
 
-    def _choose(self, gammas: Tensor, sums: Tensor) -> None:
-        """Reads losses that were summed over batches and ranks, and keeps the best of finite ones."""
-        *totals, examples = distributed.sum(sums).tolist()
-        self.losses = [total / examples if examples else float("nan") for total in totals]
-        finite = [index for index, loss in enumerate(self.losses) if abs(loss) < float("inf")]
-        if finite:
-            self.chosen = self._values(gammas[min(finite, key=self.losses.__getitem__)])
-        else:
+    def _choose(self, gammas: Tensor, sums: Tensor) -> list[float]:
+        """Reads the losses of all ranks, and takes the condition of the lowest one."""
+        losses = mean_losses(sums)
+        best = lowest(losses)
+        if best is None:
             rank_zero_warn("No validation loss was finite on the grid; the chosen condition stays what it is.")
+        else:
+            self.chosen = self._parts.values(gammas[best])
+        return losses
 
     def _rest(self, pl_module: LightningModule) -> None:
-        self._hand(self._resting().to(pl_module.device))
+        self._parts.hand_over(self._resting().to(pl_module.device))
 
     # Test and prediction
 
@@ -300,17 +272,9 @@ class ConditionedTraining(MethodCallback):
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes it back."""
-        self._hand(None)
+        self._parts.hand_over(None)
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands over the chosen condition."""
-        self._rest(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes it back."""
-        self._hand(None)
+    on_predict_start, on_predict_end = on_test_start, on_test_end
 
     # The end
 
@@ -323,35 +287,28 @@ class ConditionedTraining(MethodCallback):
 
     def _refine(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the condition from the best of the grid; kept where the loss on all batches is lower."""
-        size = sized_len(self._loader) or _STREAM
+        size, draw = sized_len(self._loader) or _STREAM, partial(self._drawn_batches, trainer, pl_module)
         if self._scored_at != trainer.global_step:
-            grid = self._sums(trainer, pl_module, self._grid, self._drawn_batches(trainer, pl_module, size))
-            self._choose(self._grid, grid)
+            self.losses = self._choose(self._grid, self._sums(trainer, pl_module, self._grid, draw(size)))
         if not self.chosen:
             return
-        start, free = (t.to(pl_module.device) for t in (self._spec.encode(self.chosen), self._spec.ranges()))
-        batches = self._drawn_batches(trainer, pl_module, self.refine_steps)
-        found = self._losses(trainer, pl_module).refined(start, free, batches, self.refine_steps, self.lr)
-        if not bool(torch.isfinite(found).all()):
-            rank_zero_warn("A gradient in the condition was not finite; the choice is the best of the grid.")
-            return
-        losses, both = self.losses, torch.stack([start, found])
-        batches = self._drawn_batches(trainer, pl_module, size)
-        self._choose(both.cpu(), self._sums(trainer, pl_module, both, batches))
-        self.losses = losses
+        spec, losses = self._parts.spec, self._losses(trainer, pl_module)
+        start, free = (t.to(pl_module.device) for t in (spec.encode(self.chosen), spec.ranges()))
+        try:
+            found = losses.improved(start, free, draw, self.refine_steps, self.lr, size)
+        except NoLossError as error:  # training is over, and is not to be lost
+            rank_zero_warn(f"The choice is the best of the grid, because {error}.")
+        else:
+            self.chosen = self._parts.values(found.cpu())
 
     def _drawn_batches(self, trainer: Trainer, pl_module: LightningModule, count: int) -> Iterable[Any]:
-        """Some validation batches; as many as the loader has are all of them."""
+        """Some validation batches; as many as the loader has are all samples, but for a last batch that is not full."""
         for _ in range(count):
             yield from self.handed_over(trainer, pl_module, [next(self.held_out)])
 
     @override
     def release(self) -> None:
         """Takes the condition back from the module."""
-        self._hand(None)
+        self._parts.hand_over(None)
         self.held_out.detach()
         self._loader = self._totals = None
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

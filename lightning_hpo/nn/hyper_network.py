@@ -1,8 +1,11 @@
 """Named tensors from a condition, with magnitudes that do not depend on it (MIP)."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,6 +15,7 @@ from lightning_hpo.functional.bilevel.conditioning import ConditionEncoding, enc
 
 __all__ = ["HyperNetwork"]
 
+_TAKEN = frozenset(dir(nn.ModuleDict()))  # names that a dict of modules refuses, such as `keys`
 _GAIN = (2 / (1 + 0.01**2)) ** 0.5  # of a leaky ReLU
 
 
@@ -35,11 +39,12 @@ class HyperNetwork(nn.Module):
             and at zero for vectors (biases, scales of norms); ``"zeros"``: all of it begins at zero, so that
             :math:`\theta(\gamma) = \theta^0`.
         rank: Rank of the last layers, one for each tensor; by default they are full. A tensor of n numbers costs n
-            times the last hidden size, or n times the rank.
+            times the last hidden size, or n times the rank. You are warned if they take more than half of the memory
+            that is free, where that can be found out.
 
     Raises:
         ValueError: If an argument is wrong; all problems are listed.
-        TypeError: If a target is no floating-point tensor.
+        TypeError: If a target is no floating-point tensor, or ``hidden`` no sequence.
 
     References:
         Gonzalez Ortiz, Guttag and Dalca, "Magnitude Invariant Parametrizations Improve Hypernetwork Learning", ICLR
@@ -65,14 +70,16 @@ class HyperNetwork(nn.Module):
         whole = [name for name, target in targets.items() if not target.is_floating_point()]
         if whole:
             raise TypeError(f"only floating-point tensors can be predicted, not {whole}")
+        if isinstance(hidden, str) or not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be a sequence of sizes, got {hidden!r}")
         checks = {
             "there is nothing to predict": bool(targets),
-            f"conditions must be positive, got {conditions!r}": conditions > 0,
-            f"hidden sizes must be positive, got {tuple(hidden)}": all(size > 0 for size in hidden),
+            f"conditions must be a positive integer, got {conditions!r}": _positive(conditions),
+            f"hidden sizes must be positive integers, got {tuple(hidden)}": all(map(_positive, hidden)),
             f"encoding must be 'cos_sin', 'complement' or 'none', got {encoding!r}": encoding
             in ("cos_sin", "complement", "none"),
             f"delta_init must be 'fan_out' or 'zeros', got {delta_init!r}": delta_init in ("fan_out", "zeros"),
-            f"rank must be a positive integer, got {rank!r}": rank is None or (isinstance(rank, int) and rank > 0),
+            f"rank must be a positive integer, got {rank!r}": rank is None or _positive(rank),
         }
         if problems := [problem for problem, holds in checks.items() if not holds]:
             raise ValueError("; ".join(problems))
@@ -84,6 +91,7 @@ class HyperNetwork(nn.Module):
         self.conditions, self.encoding = conditions, encoding
         self.shapes = {name: target.shape for name, target in targets.items()}
         sizes = [conditions if encoding == "none" else 2 * conditions, *hidden]
+        _warn_of_size(sizes[-1] if rank is None else rank, list(targets.values()))
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
             layers += [_kaiming(nn.Linear(before, after)), nn.LeakyReLU(0.01)]
@@ -96,12 +104,14 @@ class HyperNetwork(nn.Module):
             name: target.detach().clone() if residual else torch.zeros_like(target) for name, target in targets.items()
         }
         self.base = nn.ParameterDict({_key(name): nn.Parameter(value) for name, value in base.items()})
+        self.to(next(iter(targets.values())).device)
 
     def forward(self, gamma: Tensor) -> dict[str, Tensor]:
         """The predicted tensors.
 
         Args:
-            gamma: A condition in [0, 1], ``(k)``; with ``(batch, k)`` each tensor gets a first dimension.
+            gamma: A condition in [0, 1], ``(k)``; with ``(batch, k)`` each tensor gets a first dimension. It is moved
+                to the network's device if it is elsewhere.
 
         Returns:
             Tensors by name.
@@ -111,8 +121,8 @@ class HyperNetwork(nn.Module):
         """
         if gamma.shape[-1:] != (self.conditions,):
             raise ValueError(f"a condition has {self.conditions} numbers, got shape {tuple(gamma.shape)}")
-        with torch.autocast(gamma.device.type, enabled=False):  # a network this small is not worth a coarse weight
-            gamma = gamma.to(next(self.heads.parameters()).dtype)
+        gamma = gamma.to(next(self.heads.parameters()))
+        with _full_precision(gamma.device.type):  # a network this small is not worth a coarse weight
             features = self.body(encode_condition(gamma, self.encoding))
             return {
                 name: self.base[_key(name)] + self._delta(name, shape, features) for name, shape in self.shapes.items()
@@ -156,5 +166,35 @@ def _head(inputs: int, outputs: int, zeros: bool, rank: int | None) -> nn.Module
     return nn.Sequential(first, last)
 
 
+def _full_precision(kind: str) -> AbstractContextManager[Any]:
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _warn_of_size(columns: int, targets: Sequence[Tensor]) -> None:
+    """Before they are made: last layers that take more than half of the free memory."""
+    needed = columns * sum(target.numel() for target in targets) * torch.get_default_dtype().itemsize
+    free = _free_memory()
+    if free is not None and needed > free / 2:
+        warnings.warn(
+            f"the last layers take {needed / 2**30:.2g} GiB, and {free / 2**30:.2g} are free; give `rank`, a smaller "
+            "last hidden size, or fewer parameters to predict",
+            stacklevel=3,
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that the host has left; None where the system does not say so."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:  # not a Linux
+        return None
+    return None if found is None else int(found[1]) * 1024
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # dots mean parts of parts
+    key = name.replace(".", "/")  # dots mean parts of parts
+    return f"{key}/" if key in _TAKEN else key

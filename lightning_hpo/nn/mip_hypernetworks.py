@@ -55,15 +55,15 @@ class Hypernetized(nn.Module):
 
         Args:
             *args: The module's inputs, tensors with examples first where each has its own condition.
-            gamma: ``(k)``, or ``(batch, k)`` for a condition an example; such modules must not mix examples. The
-                present one by default.
+            gamma: In [0, 1], ``(k)``, or ``(batch, k)`` for a condition an example; such modules must not mix examples.
+                The present one by default. Where it lies on the CPU its values are checked.
             **kwargs: The same for all examples.
 
         Returns:
             What the module returns.
 
         Raises:
-            ValueError: If there is no condition, or it has not k numbers.
+            ValueError: If there is no condition, it has not k numbers, or some are outside of [0, 1] or nan.
         """
         gamma = self._given(gamma)
         predicted = self.hyper_network(gamma)
@@ -78,15 +78,16 @@ class Hypernetized(nn.Module):
             return torch.func.vmap(one, randomness="different")(predicted, *args)
 
     @torch.no_grad()
-    def materialize(self, gamma: Tensor | None = None, **values: float) -> nn.Module:
+    def materialize(self, gamma: Tensor | None = None, /, **values: float) -> nn.Module:
         """A plain copy of the module for one condition.
 
         Args:
-            gamma: ``(k)``; the present one by default.
+            gamma: ``(k)``, given by position: ``gamma=0.5`` is the value of a condition of that name. The present one
+                by default.
             **values: Instead, a value for each name.
 
         Returns:
-            The module with these weights, all trainable.
+            The module with these weights, those that were predicted trainable again.
 
         Raises:
             ValueError: If both or neither are given, or a name or a value is wrong.
@@ -127,6 +128,7 @@ class Hypernetized(nn.Module):
         gamma = self.gamma if gamma is None else gamma
         if gamma is None:
             raise ValueError("there is no condition: give `gamma`, or train with `ConditionedTraining`, which sets it")
+        self.spec.check(gamma)
         return gamma
 
 
@@ -142,16 +144,16 @@ def hypernetize(
     Args:
         module: Any module; a parameter under two names is predicted once.
         conditions: What it is conditioned on, or a number of conditions in [0, 1], named ``gamma_0`` and so on.
-        include: Patterns of names of parameters. Frozen ones stay as they are.
-        exclude: Patterns of names to leave alone.
-        arguments: Those of :class:`~lightning_hpo.nn.hyper_network.HyperNetwork`.
+        include: Patterns of names of parameters, each of which must fit one. Frozen ones stay as they are.
+        exclude: Patterns of names to leave alone, likewise.
+        **arguments: Those of :class:`~lightning_hpo.nn.hyper_network.HyperNetwork`.
 
     Returns:
         A module whose ``forward`` takes ``gamma`` as well.
 
     Raises:
-        ValueError: If no parameter is named like this, or there is no condition.
-        TypeError: If a parameter is no floating-point tensor.
+        ValueError: If a pattern fits no trainable parameter, there is no condition, or a part is hypernetized already.
+        TypeError: If a pattern is no text, or a parameter no floating-point tensor.
 
     References:
         Gonzalez Ortiz, Guttag and Dalca, "Magnitude Invariant Parametrizations Improve Hypernetwork Learning", ICLR
@@ -165,14 +167,11 @@ def hypernetize(
         >>> torch.equal(net(x, gamma=torch.tensor([0.3])), before)
         True
     """
+    nested = [name or "the module itself" for name, part in module.named_modules() if isinstance(part, Hypernetized)]
+    if nested:
+        raise ValueError(f"hypernetized already: {nested}; give all conditions in one `ConditionSpec`")
     spec = conditions if isinstance(conditions, ConditionSpec) else _numbered(conditions)
-    names = _names(module)
-    chosen = [own[0] for own in names.values() if _any_like(own, include) and not _any_like(own, exclude)]
-    if not chosen:
-        raise ValueError(
-            f"no trainable parameter is named like {tuple(include)} without {tuple(exclude)}; there are "
-            f"{[own[0] for own in names.values()]}"
-        )
+    chosen = _chosen(module, include, exclude)
     norms = [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if running := [name for name in norms if module.get_submodule(name).track_running_stats]:
         warnings.warn(
@@ -184,10 +183,28 @@ def hypernetize(
 
 
 def _numbered(conditions: int) -> ConditionSpec:
+    if not isinstance(conditions, int) or isinstance(conditions, bool) or conditions < 1:
+        raise ValueError(f"conditions must be a positive integer or a `ConditionSpec`, got {conditions!r}")
     spec = ConditionSpec()
     for number in range(conditions):
         spec.add(f"gamma_{number}")
     return spec
+
+
+def _chosen(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Names of the parameters to predict, each under the first of its names."""
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f'{argument} must be a list of patterns of names, such as ["head.*"], got {patterns!r}')
+    names = list(_names(module).values())
+    if idle := [p for p in (*include, *exclude) if not any(_any_like(own, [p]) for own in names)]:
+        raise ValueError(
+            f"no trainable parameter is named like {idle}; there are {[name for own in names for name in own]}"
+        )
+    found = [own[0] for own in names if _any_like(own, include) and not _any_like(own, exclude)]
+    if not found:
+        raise ValueError(f"no parameter is left of {list(include)} without {list(exclude)}")
+    return found
 
 
 def _names(module: nn.Module) -> Mapping[Tensor, list[str]]:

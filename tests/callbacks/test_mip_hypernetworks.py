@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hpo import ConditionedTraining, ConditionSpec, MicroBatchFinder, hypernetize
-from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
 from lightning_hpo.testing import TinyClassifier, TinyImages, check_resume, fit, fit_two_ranks, tiny_trainer
 from lightning_hpo.testing.checkpoints import kill_and_resume
 from lightning_hpo.testing.compare import assert_same
@@ -222,6 +222,62 @@ def test_it_is_refined_through_the_weights():
     assert all(parameter.grad is None or parameter.requires_grad for parameter in module.parameters())
 
 
+def test_a_refined_choice_is_kept_while_nothing_on_the_grid_is_better(tmp_path):
+    module, training = Echo(), ConditionedTraining(grid=5, refine_steps=100)
+    trainer = tiny_trainer(training, max_epochs=1)
+    trainer.fit(module, TinyImages())
+    refined, on_grid = training.chosen, training.losses
+    assert refined["x"] == pytest.approx(-0.26, abs=0.01)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    other = ConditionedTraining(grid=5)
+    tiny_trainer(other).validate(Echo(), TinyImages(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    (logged,) = trainer.validate(module, TinyImages(), verbose=False)
+    assert training.chosen == other.chosen == refined
+    assert training.losses == other.losses == on_grid
+    assert logged["mip_hypernetworks/val_loss"] == pytest.approx((refined["x"] + 0.26) ** 2, abs=1e-6)
+    module.validation_step = lambda batch, batch_idx: (module.net.condition["x"] - 0.5).square()
+    trainer.validate(module, TinyImages(), verbose=False)
+    assert training.chosen == {"x": 0.5}
+
+
+def test_a_loss_without_a_gradient_costs_the_refinement_alone():
+    class Detached(Echo):
+        def validation_step(self, batch, batch_idx):
+            return ((self.net.condition["x"] + 0.26) ** 2).detach()
+
+    training = ConditionedTraining(grid=5, refine_steps=2)
+    text = "The choice is the best of the grid, because the validation loss has no gradient in the condition"
+    with pytest.warns(UserWarning, match=text):
+        fit(training, Detached(), TinyImages(), max_epochs=1)
+    assert training.chosen == {"x": -0.5}
+    assert len(training.losses) == 5
+
+
+def test_a_gradient_that_is_not_finite_costs_the_refinement_alone():
+    class Cusp(Echo):
+        def validation_step(self, batch, batch_idx):
+            return self.net.condition["x"].abs().sqrt()
+
+    training = ConditionedTraining(grid=5, refine_steps=2)
+    text = "The choice is the best of the grid, because a gradient in the condition was not finite"
+    with pytest.warns(UserWarning, match=text):
+        fit(training, Cusp(), TinyImages(), max_epochs=1)
+    assert training.chosen == {"x": 0.0}
+
+
+def test_a_refinement_that_ends_worse_is_not_taken():
+    training = ConditionedTraining(grid=9, refine_steps=1, lr=1.0)  # one step to the end of the range
+    fit(training, Echo(), TinyImages(), max_epochs=1)
+    assert training.chosen == {"x": pytest.approx(-0.25)}
+
+
+def test_conditions_close_together_are_logged_apart():
+    training = ConditionedTraining(grid=3, val_loss=lambda module, batch: module.net.condition["x"])
+    trainer = tiny_trainer(training, max_epochs=1)
+    trainer.fit(Echo(ConditionSpec().add("x", 1000.0, 1000.1)), TinyImages())
+    assert len([name for name in trainer.callback_metrics if "mip_hypernetworks/val_loss/" in name]) == 3
+
+
 def test_categories_are_chosen_but_not_refined():
     spec = ConditionSpec().add("task", categories=3).add("x", -1.0, 1.0)
 
@@ -244,9 +300,11 @@ def test_losses_that_are_not_finite_are_not_chosen():
 
     module, training = Broken(), ConditionedTraining(grid=5)
     module.least = -0.2
-    fit(training, module, TinyImages(), max_epochs=1)
+    trainer = tiny_trainer(training, max_epochs=1)
+    trainer.fit(module, TinyImages())
     assert training.chosen == {"x": 0.0}
     assert math.isnan(training.losses[0])
+    assert trainer.callback_metrics["mip_hypernetworks/val_loss"].item() == pytest.approx(0.26**2)
     module.least = 2.0
     with pytest.warns(UserWarning, match="No validation loss was finite on the grid; the chosen condition stays"):
         fit(training, module, TinyImages(), max_epochs=1)
@@ -296,9 +354,25 @@ def test_wrong_arguments_are_all_listed():
         assert part in str(error.value)
     with pytest.raises(ValueError, match="refine_steps needs a grid to begin from"):
         ConditionedTraining(grid=0, refine_steps=1)
+    with pytest.raises(ValueError) as error:
+        ConditionedTraining(grid=0, condition=0.5, val_loss=3, val_dataloader=[])
+    for part in (
+        "condition must be values by name, got 0.5",
+        "val_dataloader is what the choice is refined on; give refine_steps, too",
+        "val_loss must be a function or a name, got 3",
+        "val_loss scores the grid; give one",
+    ):
+        assert part in str(error.value)
     for grid in ([], [0.5], True):
         with pytest.raises(ValueError, match="grid must be an integer of at least 0, or a list of conditions"):
             ConditionedTraining(grid=grid)
+
+
+def many(count):
+    spec = ConditionSpec()
+    for number in range(count):
+        spec.add(f"x{number}")
+    return spec
 
 
 class Unscored(Echo):
@@ -317,6 +391,13 @@ class Unscored(Echo):
         ({"grid": [{"y": 0.5}]}, Echo, r"in `grid`, there is no condition `y`, but \['x'\]; `x` is missing"),
         ({"condition": {"x": 3.0}}, Echo, "in `condition`, `x` must be from -1 to 1, got 3"),
         ({"grid": 1001}, Echo, "the grid has 1001 conditions; use fewer values each"),
+        ({}, lambda: Echo(many(40)), f"the grid has {5**40} conditions"),
+        ({"grid": [{"x": torch.zeros(2)}]}, Echo, r"in `grid`, one number is needed for each name, got {'x': tensor"),
+        (
+            {"refine_steps": 1},
+            lambda: Echo(ConditionSpec().add("x", categories=2)),
+            "`refine_steps` moves ranges, and all conditions are categories; leave it out",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
@@ -354,6 +435,25 @@ def test_a_checkpoint_of_other_conditions_is_refused(tmp_path):
     other = Echo(ConditionSpec().add("y", -1.0, 1.0))
     with pytest.raises(MisconfigurationException, match=r"the checkpoint chose \['x'\], the module has \['y'\]"):
         fit(ConditionedTraining(), other, TinyImages(), max_epochs=2, ckpt_path=tmp_path / "end.ckpt")
+    narrow = Echo(ConditionSpec().add("x", 0.5, 1.0))
+    text = "the checkpoint's choice does not fit the module: `x` must be from 0.5 to 1, got "
+    with pytest.raises(MisconfigurationException, match=text):
+        fit(ConditionedTraining(), narrow, TinyImages(), max_epochs=2, ckpt_path=tmp_path / "end.ckpt")
+
+
+def test_parameters_that_also_stand_elsewhere_are_warned_of():
+    class Twice(Echo):
+        def __init__(self):
+            super().__init__()
+            self.plain = nn.Linear(1, 1)
+            self.net = hypernetize(nn.Sequential(self.plain), ConditionSpec().add("x", -1.0, 1.0), hidden=(4,))
+
+    text = r"\['plain.weight', 'plain.bias'\] are also predicted by a hypernetized part, and never change here"
+    with pytest.warns(UserWarning, match=text):
+        fit(ConditionedTraining(grid=0), Twice(), TinyImages(), max_steps=1)
+    again = Echo()
+    again.other = again.net  # the same part under two names
+    fit(ConditionedTraining(grid=0), again, TinyImages(), max_steps=1)
 
 
 def test_a_loader_without_a_length_is_refined_on():

@@ -1,101 +1,15 @@
-"""Named conditions of a hyper-network: their ranges, the maps to [0, 1] and back, draws and grids."""
+"""Named conditions of a hyper-network: the maps to [0, 1] and back, and grids."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Condition", "ConditionSpec", "sample_conditions"]
+from lightning_hpo.functional.bilevel.condition import Condition
 
-_BLOCK = 32  # draws that are stratified together
-_APART = 2654435769  # an odd number near 2**32 over the golden ratio: seeds begin far from each other
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One condition: a range, or a number of categories.
-
-    Args:
-        low: Smallest value.
-        high: Largest value.
-        log: Whether equal ratios are equally far apart, instead of equal differences.
-        categories: Number of categories; a range where None.
-
-    Raises:
-        ValueError: If a range is empty or endless, not above zero with ``log``, or there are fewer than two categories;
-            all problems are listed.
-
-    Example:
-        >>> Condition(1e-4, 1.0, log=True).width, Condition(categories=5).width
-        (1, 5)
-    """
-
-    low: float = 0.0
-    high: float = 1.0
-    log: bool = False
-    categories: int | None = None
-
-    def __post_init__(self) -> None:
-        count, ordered = self.categories, self.low < self.high and math.isfinite(self.high - self.low)
-        checks = {
-            f"a range must be finite with low < high, got {self.low!r} and {self.high!r}": ordered,
-            f"a range on the logarithm must lie above 0, got low={self.low!r}": not self.log or self.low > 0,
-            f"categories must be an integer of at least 2, got {count!r}": count is None
-            or (isinstance(count, int) and not isinstance(count, bool) and count > 1),
-            "categories have no range": count is None or (self.low, self.high, self.log) == (0.0, 1.0, False),
-        }
-        if problems := [problem for problem, holds in checks.items() if not holds]:
-            raise ValueError("; ".join(problems))
-
-    @property
-    def width(self) -> int:
-        """How many numbers in [0, 1] stand for it: one, or one a category."""
-        return self.categories or 1
-
-    def problem(self, name: str, value: float | Tensor) -> str | None:
-        """What is wrong with a value, in words; tensors on other devices are not read."""
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            return None
-        value = torch.as_tensor(value, dtype=torch.float64)
-        low, high = (0, self.categories - 1) if self.categories else (self.low, self.high)
-        slack = 1e-6 * max(abs(low), abs(high))  # of a value that has been there and back in 32 bits
-        fine = (value >= (low * (1 - 1e-6) if self.log else low - slack)) & (value <= high + slack)  # false for nan
-        if self.categories:
-            fine &= value == value.round()
-        if value.ndim > 1:
-            return f"`{name}` must be a number, or one for each example, got shape {tuple(value.shape)}"
-        if bool(fine.all()):
-            return None
-        wanted = f"a category from 0 to {high}" if self.categories else f"from {low:g} to {high:g}"
-        return f"`{name}` must be {wanted}, got {value.tolist()}"
-
-    def encode(self, value: Tensor) -> Tensor:
-        """``(...)`` to ``(..., width)`` in [0, 1]."""
-        if self.categories:
-            return F.one_hot(value.long(), self.categories).to(torch.get_default_dtype())
-        low, high, value = (self.low, self.high, value)
-        if self.log:
-            low, high, value = math.log(low), math.log(high), value.log()
-        return ((value - low) / (high - low)).clamp(0, 1)[..., None]
-
-    def decode(self, gamma: Tensor) -> Tensor:
-        """``(..., width)`` back to ``(...)``; differentiable for a range."""
-        if self.categories:
-            return gamma.argmax(-1)
-        gamma = gamma[..., 0]
-        if self.log:
-            return torch.exp(math.log(self.low) + gamma * math.log(self.high / self.low))
-        return self.low + (self.high - self.low) * gamma
-
-    def from_uniform(self, uniform: Tensor) -> Tensor:
-        """Numbers in [0, 1) ``(...)`` to ``(..., width)``: themselves, or a category each."""
-        if self.categories:
-            return self.encode((uniform * self.categories).floor().clamp(max=self.categories - 1))
-        return uniform[..., None]
+__all__ = ["ConditionSpec"]
 
 
 class ConditionSpec:
@@ -132,13 +46,16 @@ class ConditionSpec:
 
         Raises:
             ValueError: If the name is taken, or the range wrong.
+            TypeError: If the name is no text, or an end of the range no number.
         """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"the name of a condition must be a text, got {name!r}")
         if name in self.conditions:
             raise ValueError(f"there is a condition `{name}` already")
         try:
             self.conditions[name] = Condition(low, high, log, categories)
-        except ValueError as error:
-            raise ValueError(f"`{name}`: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`{name}`: {error}") from None
         return self
 
     def __iter__(self) -> Iterator[str]:
@@ -178,6 +95,33 @@ class ConditionSpec:
         shape = torch.broadcast_shapes(*(value.shape for value in tensors))
         return torch.cat([c.encode(v.expand(shape)) for v, (_, _, c) in zip(tensors, known, strict=True)], -1)
 
+    def check(self, gamma: Tensor) -> None:
+        """Refuses what stands for no values.
+
+        Tensors on the CPU are read; reading others would make the host wait for the device. In a compiled function, and
+        under a transform of ``torch.func``, only shapes are looked at.
+
+        Args:
+            gamma: ``(k)``, or ``(batch, k)``.
+
+        Raises:
+            ValueError: If there are not k numbers, or some are outside of [0, 1] or nan; all are listed.
+
+        Example:
+            >>> ConditionSpec().add("noise", 0.0, 0.5).check(torch.tensor([2.0]))
+            Traceback (most recent call last):
+            ValueError: `noise` must be from 0 to 0.5, got 1.0 (gamma 2.0)
+        """
+        if gamma.ndim not in (1, 2) or gamma.shape[-1] != len(self):
+            raise ValueError(
+                f"a condition has {len(self)} numbers, or so many for each example, got shape {tuple(gamma.shape)}"
+            )
+        if gamma.device.type != "cpu" or torch.compiler.is_compiling() or _is_transformed():
+            return
+        parts = self._parts(gamma.detach())
+        if problems := [problem for name, c, part in parts if (problem := c.problem_of_gamma(name, part))]:
+            raise ValueError("; ".join(problems))
+
     def decode(self, gamma: Tensor) -> dict[str, Tensor]:
         """The values that :meth:`encode` takes to ``gamma``.
 
@@ -187,8 +131,11 @@ class ConditionSpec:
         Returns:
             By name ``(...)``, differentiable for ranges.
         """
+        return {name: condition.decode(part) for name, condition, part in self._parts(gamma)}
+
+    def _parts(self, gamma: Tensor) -> list[tuple[str, Condition, Tensor]]:
         parts = gamma.split([condition.width for condition in self.conditions.values()], -1)
-        return {name: c.decode(part) for (name, c), part in zip(self.conditions.items(), parts, strict=True)}
+        return [(name, c, part) for (name, c), part in zip(self.conditions.items(), parts, strict=True)]
 
     def from_uniform(self, uniform: Tensor) -> Tensor:
         """Draws of all conditions.
@@ -222,20 +169,33 @@ class ConditionSpec:
         parts = [self._points(condition, points) for condition in self.conditions.values()]
         return torch.stack([torch.cat(rows) for rows in product(*(part.unbind() for part in parts))])
 
+    def combinations(self, points: int) -> int:
+        """How many conditions :meth:`grid` has."""
+        return math.prod(condition.categories or points for condition in self.conditions.values())
+
     def ranges(self) -> Tensor:
         """Which of the k numbers belong to a range, and may take any value from 0 to 1, ``(k)``."""
         return torch.cat([torch.full((c.width,), c.categories is None) for c in self.conditions.values()])
 
-    def label(self, gamma: Tensor) -> str:
-        """One condition in words.
+    def labels(self, gammas: Tensor) -> list[str]:
+        """Conditions in words, with as many digits as tell them apart.
 
         Args:
-            gamma: ``(k)`` on the CPU.
+            gammas: ``(n, k)`` on the CPU.
 
         Returns:
-            Text such as ``"noise_0.25_task_1"``, which every logger takes as a part of a name.
+            Texts such as ``"noise_0.25_task_1"``, which every logger takes as a part of a name.
+
+        Example:
+            >>> ConditionSpec().add("x", 100.0, 100.1).labels(torch.tensor([[0.2], [0.4]]))
+            ['x_100.02', 'x_100.04']
         """
-        return "_".join(f"{name}_{value.item():.4g}" for name, value in self.decode(gamma).items())
+        values = [{name: value.item() for name, value in self.decode(gamma).items()} for gamma in gammas]
+        for digits in range(4, 10):
+            found = ["_".join(f"{name}_{value:.{digits}g}" for name, value in at.items()) for at in values]
+            if len(set(found)) == len(found):
+                break
+        return found
 
     @staticmethod
     def _points(condition: Condition, points: int) -> Tensor:
@@ -244,34 +204,5 @@ class ConditionSpec:
         return torch.linspace(0, 1, points)[:, None] if points > 1 else torch.tensor([[0.5]])
 
 
-def sample_conditions(numbers: range, names: int, seed: int = 0, stratified: bool = True) -> Tensor:
-    """Uniform draws by their number: the same number gives the same draw, on whichever rank and after any restart.
-
-    Args:
-        numbers: Which draws.
-        names: How many conditions.
-        seed: Decides everything.
-        stratified: Whether of 32 draws in a row each lies in a different 32nd of the range (a Latin hypercube).
-
-    Returns:
-        ``(draws, names)`` in [0, 1), on the CPU.
-
-    References:
-        McKay, Beckman and Conover, "A Comparison of Three Methods for Selecting Values of Input Variables", 1979.
-
-    Example:
-        >>> draws = sample_conditions(range(32), names=1)[:, 0]
-        >>> sorted((draws * 32).int().tolist()) == list(range(32))
-        True
-    """
-    first, last = numbers[0] // _BLOCK, numbers[-1] // _BLOCK
-    blocks = []
-    for block in range(first, last + 1):
-        generator = torch.Generator().manual_seed((seed * _APART + block) % 2**32)  # on the CPU 32 bits count
-        inside = torch.rand(_BLOCK, names, generator=generator, dtype=torch.float64)
-        if stratified:
-            cells = torch.stack([torch.randperm(_BLOCK, generator=generator) for _ in range(names)], 1)
-            inside = (cells + inside) / _BLOCK
-        blocks.append(inside)
-    found = torch.cat(blocks)[[number - first * _BLOCK for number in numbers]]
-    return found.to(torch.get_default_dtype()).clamp(max=1 - 2**-24)  # rounding may not reach one
+def _is_transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None

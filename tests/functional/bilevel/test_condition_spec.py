@@ -1,4 +1,4 @@
-"""Named conditions: maps there and back, refusals, grids, and draws that are the same wherever they are made."""
+"""Named conditions: maps there and back, refusals and grids."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_hpo import ConditionSpec
-from lightning_hpo.functional.bilevel.condition_spec import sample_conditions
+from lightning_hpo.functional.bilevel.condition_draws import sample_conditions
 
 
 def spec():
@@ -86,7 +86,9 @@ def test_grids():
     assert spec().grid(1)[:, [0, 4]].unique().tolist() == [0.5]
     assert spec().centre().tolist() == [0.5, 1, 0, 0, 0.5]
     assert spec().ranges().tolist() == [True, False, False, False, True]
-    assert spec().label(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})) == "decay_0.001_task_2_noise_0.5"
+    assert spec().labels(spec().encode({"decay": 1e-3, "task": 2, "noise": 0.5})[None]) == [
+        "decay_0.001_task_2_noise_0.5"
+    ]
 
 
 def test_categories_are_drawn_equally_often():
@@ -96,24 +98,27 @@ def test_categories_are_drawn_equally_often():
     assert (gamma[:, [0, 4]] >= 0).all() & (gamma[:, [0, 4]] < 1).all()
 
 
-def test_a_draw_follows_from_its_number():
-    whole = sample_conditions(range(200), 2, seed=3)
-    torch.testing.assert_close(sample_conditions(range(57, 120), 2, seed=3), whole[57:120], rtol=0, atol=0)
-    ranks = [sample_conditions(range(10 + rank, 90, 4), 2, seed=3) for rank in range(4)]
-    assert torch.equal(torch.stack(ranks, 1).flatten(0, 1), whole[10:90])
-    assert not torch.equal(sample_conditions(range(200), 2, seed=4), whole)
+def test_values_that_are_no_numbers():
+    for bad in ("high", None, [[1.0], [2.0, 3.0]]):
+        with pytest.raises(ValueError, match="`noise` must be a number, or one for each example, got"):
+            spec().encode({"decay": 1e-3, "task": 0, "noise": bad})
+    with pytest.raises(TypeError, match="`x`: low and high must be numbers, got '0' and 1.0"):
+        ConditionSpec().add("x", "0")
+    for name in ("", 3):
+        with pytest.raises(TypeError, match=f"the name of a condition must be a text, got {name!r}"):
+            ConditionSpec().add(name)
 
 
-def test_strata_and_what_they_are_good_for():
-    """Means of 32 stratified draws scatter far less than those of independent ones: 1/n instead of 1/sqrt(n)."""
-    stratified, uniform = (
-        sample_conditions(range(3200), 2, stratified=s).unflatten(0, (100, 32)) for s in (True, False)
-    )
-    assert torch.equal((stratified * 32).long().sort(1).values[0, :, 1], torch.arange(32))
-    for draws in (stratified, uniform):
-        assert draws.mean().item() == pytest.approx(0.5, abs=0.02)
-        assert draws.var().item() == pytest.approx(1 / 12, abs=0.005)
-    assert uniform.mean(1).std().item() == pytest.approx((1 / 12 / 32) ** 0.5, rel=0.2)
-    assert stratified.mean(1).std().item() == pytest.approx((1 / 12 / 32) ** 0.5 / 32, rel=0.2)
-    correlation = torch.corrcoef(stratified.flatten(0, 1).T)[0, 1]
-    assert abs(correlation) < 0.06
+def test_labels_tell_conditions_apart():
+    narrow = ConditionSpec().add("x", 1000.0, 1000.1)
+    assert len(set(narrow.labels(narrow.grid(5)))) == 5
+    assert ConditionSpec().add("x").labels(torch.tensor([[1 / 3], [0.5]])) == ["x_0.3333", "x_0.5"]
+    assert ConditionSpec().add("x").labels(torch.tensor([[0.5], [0.5]])) == ["x_0.5"] * 2
+
+
+def test_combinations_are_counted_without_being_made():
+    assert spec().combinations(3) == len(spec().grid(3)) == 27
+    many = ConditionSpec()
+    for number in range(40):
+        many.add(f"x{number}")
+    assert many.combinations(5) == 5**40
