@@ -5,12 +5,25 @@ Every function is a collective: call it on all ranks or on none.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["agree", "broadcast", "device", "gather", "mean", "mean_gradients", "minimum", "rank", "sum", "world_size"]
+__all__ = [
+    "agree",
+    "all_reduce_sum",
+    "broadcast",
+    "device",
+    "gather",
+    "mean",
+    "mean_gradients",
+    "minimum",
+    "rank",
+    "sum",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -62,6 +75,38 @@ def sum(tensor: Tensor) -> Tensor:  # noqa: A001 - read as `distributed.sum`
     if world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks that a gradient passes through.
+
+    The gradient that arrives is summed over ranks as well. So if every rank computes the same loss from the sum, the
+    *mean* over ranks of the parameters' gradients, which is what DistributedDataParallel takes, is the gradient of that
+    loss.
+
+    Args:
+        tensor: Floating point, any shape, the same on every rank.
+
+    Returns:
+        A new tensor of the same shape, in the graph.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> all_reduce_sum(x).square().sum().backward()
+        >>> x.grad
+        tensor([2., 4.])
+    """
+    return _AllReduceSum.apply(tensor) if world_size() > 1 else tensor.clone()
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, tensor: Tensor) -> Tensor:
+        return sum(tensor)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> Tensor:
+        return sum(grad)
 
 
 def mean(tensor: Tensor) -> Tensor:
