@@ -8,7 +8,9 @@ from torch_geometric.data import Data
 from torch_geometric.transforms import BaseTransform
 from torch_geometric.utils import coalesce, degree, is_undirected, remove_self_loops, to_undirected
 
-__all__ = ["Graph", "GraphDegree", "graph_of", "graph_problems", "is_clean", "undirected"]
+from lightning_hpo import distributed
+
+__all__ = ["Graph", "GraphDegree", "graph_of", "graph_problems", "is_clean", "ranks_differ", "undirected"]
 
 
 class Graph(NamedTuple):
@@ -168,3 +170,21 @@ def undirected(edge_index: Tensor, num_nodes: int) -> Tensor:
     """
     without_loops, _ = remove_self_loops(edge_index)
     return to_undirected(without_loops, num_nodes=num_nodes)
+
+
+def ranks_differ(graph: Graph) -> bool:
+    """Whether ranks hold different graphs, told from their size and sums; the same answer everywhere.
+
+    Args:
+        graph: This rank's graph.
+
+    Returns:
+        False without other ranks.
+
+    Example:
+        >>> ranks_differ(Graph(torch.eye(2), torch.tensor([[0, 1], [1, 0]]), None, None))
+        False
+    """
+    facts = [graph.edge_index.double().sum(), graph.x.double().sum(), graph.x.new_tensor(len(graph.x)).double()]
+    everywhere = distributed.gather(torch.stack(facts))
+    return bool((everywhere != everywhere[0]).any())

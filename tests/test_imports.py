@@ -31,7 +31,7 @@ L1 = (
     *("module_hypergradient", "raw_hyperparameters", "hypergradient_arguments"),
     *("whole_data", "perturbation", "response_training"),
     *("self_tuning_arguments", "response_optimizer", "matching_dropout"),
-    *("graph_data", "metrics", "seeded"),
+    *("graph_data", "metrics", "seeded", "community_arguments", "community_result"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -76,7 +76,9 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "self_tuning_arguments": (TORCH, L0),
     "response_optimizer": (TORCH | {"lightning"}, L0),
     "matching_dropout": (TORCH, (*L0, "hyper")),
-    "graph_data": (TORCH | {"torch_geometric"}, L0),
+    "graph_data": (TORCH | {"torch_geometric"}, (*L0, "distributed")),
+    "community_arguments": (TORCH, L0),
+    "community_result": (TORCH, (*L0, "graph_data")),
     "metrics": (TORCH | {"scipy", "torchmetrics"}, L0),
     "seeded": (TORCH, L0),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_hpo.demos.denoising_data import DenoisingDataModule, PhotoDenoisingDataModule
+    from lightning_hpo.demos.graph_data import CitationDataModule, PlantedPartitionDataModule
     from lightning_hpo.demos.image_classifier import ImageClassifier
     from lightning_hpo.demos.image_data import DigitsDataModule, ImageDataModule
     from lightning_hpo.demos.image_files import (
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CIFAR10DataModule": "image_files",
+    "CitationDataModule": "graph_data",
     "DenoisingDataModule": "denoising_data",
     "DigitsDataModule": "image_data",
     "FashionMNISTDataModule": "image_files",
@@ -25,11 +27,13 @@ _HOME = {
     "ImageFolderDataModule": "image_files",
     "MNISTDataModule": "image_files",
     "PhotoDenoisingDataModule": "denoising_data",
+    "PlantedPartitionDataModule": "graph_data",
     "SST2DataModule": "text_data",
 }
 
 __all__ = [
     "CIFAR10DataModule",
+    "CitationDataModule",
     "DenoisingDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
@@ -38,6 +42,7 @@ __all__ = [
     "ImageFolderDataModule",
     "MNISTDataModule",
     "PhotoDenoisingDataModule",
+    "PlantedPartitionDataModule",
     "SST2DataModule",
 ]
 

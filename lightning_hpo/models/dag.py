@@ -1,6 +1,5 @@
 """Communities of an attributed graph, and how many there are: a LightningModule."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,37 +12,17 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.dag import CommunityPruning
-from lightning_hpo.functional.graphs.community_report import LabelFreeCommunityReport, label_free_report
-from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums, row_entropy
+from lightning_hpo.community_arguments import argument_problems
+from lightning_hpo.community_result import CommunityResult, community_result
+from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums
 from lightning_hpo.functional.graphs.k_means import k_means
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask, draw_mask, scaled_cosine_errors
-from lightning_hpo.graph_data import Graph, graph_of, graph_problems, is_clean, undirected
+from lightning_hpo.graph_data import Graph, graph_of, graph_problems, is_clean, ranks_differ, undirected
 from lightning_hpo.metrics.dag import ClusteringAccuracy
 from lightning_hpo.nn.dag import AffiliationReadout, GroupSparsity, MaskedAttributeAutoencoder
 from lightning_hpo.seeded import Draws
 
-__all__ = ["CommunityResult", "DAGCommunityDetector"]
-
-
-@dataclass(frozen=True)
-class CommunityResult:
-    """Communities of a graph.
-
-    Args:
-        labels: Community of each node, 0 the largest; shape ``(N,)``.
-        n_communities: Number of communities with a node.
-        membership: Soft communities, a column for each of those found; rows add up to at most 1. Shape ``(N, K)``.
-        data: The graph that they are of.
-    """
-
-    labels: Tensor
-    n_communities: int
-    membership: Tensor
-    data: Graph
-
-    def report(self) -> LabelFreeCommunityReport:
-        """How they fit edges and attributes; no labels needed."""
-        return label_free_report(self.labels, self.data.edge_index, self.data.x)
+__all__ = ["DAGCommunityDetector"]
 
 
 class DAGCommunityDetector(LightningModule):
@@ -139,7 +118,7 @@ class DAGCommunityDetector(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if problems := _argument_problems(self.hparams):
+        if problems := argument_problems(self.hparams):
             raise ValueError(f"`DAGCommunityDetector`: {'; '.join(problems)}.")
         self.autoencoder = MaskedAttributeAutoencoder(
             in_channels, hidden_channels, heads, num_layers, dropout, attention_dropout
@@ -294,7 +273,7 @@ class DAGCommunityDetector(LightningModule):
         graph = graph_of(batch)
         if not self._checked:
             self._clean = self._check(graph)
-            self._sharded = distributed.world_size() > 1 and (graph.is_part or self._ranks_differ(graph))
+            self._sharded = distributed.world_size() > 1 and (graph.is_part or ranks_differ(graph))
             self._checked = True
         edges = graph.edge_index if self._clean else undirected(graph.edge_index, len(graph.x))
         return graph._replace(x=graph.x.to(self.autoencoder.token.dtype), edge_index=edges)
@@ -315,14 +294,6 @@ class DAGCommunityDetector(LightningModule):
                 "`torch_geometric.transforms.ToUndirected()` once to save the time."
             )
         return both_ways and once
-
-    @staticmethod
-    def _ranks_differ(graph: Graph) -> bool:
-        facts = torch.stack(
-            [graph.edge_index.double().sum(), graph.x.double().sum(), graph.x.new_tensor(graph.x.shape[0]).double()]
-        )
-        everywhere = distributed.gather(facts)
-        return bool((everywhere != everywhere[0]).any())
 
     @torch.no_grad()
     def codes(self, graph: Graph) -> Tensor:
@@ -371,17 +342,7 @@ class DAGCommunityDetector(LightningModule):
             raise ValueError(f"`DAGCommunityDetector`: {'; '.join(problems)}.")
         edges = undirected(graph.edge_index, len(graph.x))
         here = Graph(graph.x.to(self.autoencoder.token), edges.to(self.device), None, None)
-        scores = self.clean_scores(here)
-        sizes = scores.argmax(1).bincount(minlength=scores.shape[1])
-        found = sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())]
-        place = torch.empty_like(sizes).index_put_((found,), torch.arange(len(found), device=found.device))
-        home = graph.x.device
-        return CommunityResult(
-            labels=place[scores.argmax(1)].to(home),
-            n_communities=len(found),
-            membership=scores.softmax(1)[:, found].to(home),
-            data=Graph(graph.x, edges, None, None),
-        )
+        return community_result(self.clean_scores(here), Graph(graph.x, edges, None, None))
 
     @override
     def forward(self, data: Any) -> Tensor:
@@ -392,17 +353,6 @@ class DAGCommunityDetector(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> CommunityResult:
         """Communities of a graph."""
         return self.predict_communities(batch)
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs modularity and entropy of the soft communities; the label-free report is in ``predict_communities``."""
-        graph = self.prepare(batch)
-        membership = self.clean_scores(graph).softmax(1)
-        values: dict[str, Tensor | float] = {
-            "val_modularity": community_sums(membership, graph.edge_index, graph.degree).modularity(),
-            "val_row_entropy": row_entropy(membership),
-        }
-        self.log_dict(values, sync_dist=True, batch_size=1)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -433,34 +383,3 @@ class DAGCommunityDetector(LightningModule):
         if saved := checkpoint.get("dag"):
             self._draws.load_state_dict(saved["draws"])
             self._joint_batches = saved["joint_batches"]
-
-
-def _argument_problems(chosen: Any) -> list[str]:
-    """What is out of range; sizes of the network are checked where it is made."""
-
-    def whole(name: str, least: int) -> str | None:
-        value = chosen[name]
-        fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return None if fine else f"{name} must be an integer of at least {least}, got {value!r}"
-
-    def between(name: str, low: float, high: float, inclusive: bool) -> str | None:
-        value = chosen[name]
-        fine = low <= value < high if inclusive else low < value < high
-        return None if fine else f"{name} must lie between {low:g} and {high:g}, got {value!r}"
-
-    infinity = float("inf")
-    weights = ("reconstruction_weight", "modularity_weight", "sparsity_weight", "balance_weight", "weight_decay")
-    found = [
-        whole("max_communities", 2),
-        whole("warmup_epochs", 0),
-        whole("ramp_epochs", 0),
-        between("mask_rate", 0, 1, False),
-        between("replace_rate", 0, 1, True),
-        between("gamma", 1, infinity, True),
-        between("sharpness", 0, infinity, False),
-        between("lr", 0, infinity, False),
-        between("average", 0, 1, True),
-        between("seed", 0, 2**32, True),
-        *(between(name, 0, infinity, True) for name in weights),
-    ]
-    return [problem for problem in found if problem]
