@@ -11,7 +11,7 @@ from lightning_hpo.graph_data import Graph
 __all__ = ["CommunityResult", "community_result"]
 
 
-@dataclass(frozen=True)
+@dataclass  # Lightning moves what `predict` returns, which a frozen one does not allow
 class CommunityResult:
     """Communities of a graph.
 

@@ -23,9 +23,9 @@ class CommunityPruning(MethodCallback):
     r"""Lets communities die, so that training ends with as many as the graph has (DAG).
 
     At the end of every so many epochs the graph is looked at without masks. Columns that fewer than ``min_size`` nodes
-    like best die; if there is none, the one dies without which the loss of the hard partition falls most, if it falls.
-    The nodes then belong to the column that they like next best. None ever comes back. Numbers are added up over
-    batches and ranks before the decision, so that all ranks make the same.
+    like best die, at most half of those alive; if there is none, the one dies without which the loss of the hard
+    partition falls most, if it falls. The nodes then belong to the column that they like next best. None ever comes
+    back. Numbers are added up over batches and ranks before the decision, so that all ranks make the same.
 
     It logs ``n_communities`` (columns with a node), ``k_eff`` (see
     :func:`~lightning_hpo.functional.graphs.dag.effective_communities`), ``modularity`` and ``row_entropy``.
@@ -121,7 +121,7 @@ class CommunityPruning(MethodCallback):
     def _prune(self, model: Any) -> None:
         sums = self._everywhere() if model.is_sharded else self.sums
         hard, soft, entropy = PartitionSums(*sums[:4]), CommunitySums(*sums[4:-1]), sums[-1]
-        live, chosen = model.readout.live, model.hparams
+        live, chosen = model.readout.live.clone(), model.hparams
         nodes = self.whole or float(soft.nodes)
         least = max(10.0, 0.003 * nodes) if self.min_size is None else self.min_size
         keep = keep_communities(

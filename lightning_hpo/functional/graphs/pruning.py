@@ -71,8 +71,8 @@ def keep_communities(
 ) -> Tensor:
     r"""Which columns live on.
 
-    Columns with fewer than ``min_size`` nodes die. If all have as many, the one dies without which the loss of the hard
-    partition,
+    Columns with fewer than ``min_size`` nodes die, the smallest first and at most half of those alive, so that the
+    others can take their nodes. If all have as many, the one dies without which the loss of the hard partition,
 
     .. math::
 
@@ -100,10 +100,10 @@ def keep_communities(
         tensor([ True,  True, False])
     """
     sizes = sums.sizes[-1]
-    enough = live & (sizes >= min_size)
-    enough[sizes.argmax()] = True
-    if not torch.equal(enough, live):
-        return enough
+    small = live & (sizes < min_size)
+    small[sizes.argmax()] = False
+    if small.any():
+        return live & ~_smallest(sizes, small, at_most=max(1, int(live.sum()) // 2))
     nodes, left = sizes.sum(), live.sum()
     counts = torch.cat([(left - 1).expand(len(live)), left[None]]).clamp_min(1).to(sizes.dtype)
     share = sums.degree_mass / sums.degree_mass.sum(1, keepdim=True)
@@ -116,3 +116,9 @@ def keep_communities(
     keep = live.clone()
     keep[worst] = ~(gain[worst] > 0) | (left == 1)
     return keep
+
+
+def _smallest(sizes: Tensor, among: Tensor, at_most: int) -> Tensor:
+    """True for the smallest columns of those that are asked about."""
+    order = sizes.masked_fill(~among, torch.inf).argsort(stable=True)[: min(at_most, int(among.sum()))]
+    return torch.zeros_like(among).index_fill(0, order, True)
