@@ -76,6 +76,8 @@ class CommunityPruning(MethodCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not all(hasattr(pl_module, name) for name in ("readout", "clean_scores", "joint_epochs")):
             self.raise_all([f"it prunes a `DAGCommunityDetector`, not a `{type(pl_module).__name__}`."])
+        if stage == "fit":  # a checkpoint is read after this
+            self.found, self.history, self.sums = {}, [], []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +88,7 @@ class CommunityPruning(MethodCallback):
                 f"`CommunityPruning`: nothing is pruned in {last} epochs: {before} of reconstruction and {self.warmup} "
                 "of the search come before; train longer, or lower `warmup_epochs` and `warmup`."
             )
-        if not self.found:
+        if not self.found:  # nothing was resumed
             self.found = {"n_communities": float(model.readout.live.sum()), "k_eff": float(model.readout.live.sum())}
 
     def _due(self, model: Any) -> bool:
@@ -115,7 +117,9 @@ class CommunityPruning(MethodCallback):
         entropy = torch.special.entr(membership).sum()
         hard = partition_sums(scores, live, graph.edge_index, degree)
         parts = [*hard, *soft, entropy]
-        self.sums = [old + new for old, new in zip(self.sums, parts, strict=True)] if self.sums else parts
+        self.sums = (
+            [old.to(new.device) + new for old, new in zip(self.sums, parts, strict=True)] if self.sums else parts
+        )
         self.whole = graph.nodes or 0
 
     def _prune(self, model: Any) -> None:

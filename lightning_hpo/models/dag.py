@@ -231,6 +231,7 @@ class DAGCommunityDetector(LightningModule):
     def _start_readout(self, graph: Graph) -> None:
         """Centres of the codes become the first communities; rank 0's, where ranks hold different parts."""
         codes, columns = self.codes(graph), self.hparams["max_communities"]
+        codes = codes if codes.dtype == torch.float64 else codes.float()
         if len(codes) < columns:
             raise ValueError(
                 f"`DAGCommunityDetector`: the readout starts from centres of a batch's codes, and a batch of "

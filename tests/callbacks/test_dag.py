@@ -73,6 +73,17 @@ def test_one_community_is_warned_of_with_the_history():
         fit(callback, model, epochs=8)
 
 
+def test_another_fit_begins_anew_and_a_test_does_not():
+    callback = CommunityPruning(warmup=0, every=1)
+    first = fit(callback, epochs=6)
+    history = callback.history
+    assert len(history) == 4
+    tiny_trainer(callback).test(first, DataLoader([planted_partition(3, 20)]), verbose=False)
+    assert callback.history == history
+    fit(callback, epochs=4)
+    assert len(callback.history) == 2
+
+
 def test_it_is_for_detectors():
     with pytest.raises(MisconfigurationException, match="it prunes a `DAGCommunityDetector`, not a `TinyClassifier`"):
         tiny_trainer(CommunityPruning(), max_steps=1).fit(TinyClassifier(), TinyImages())
@@ -87,7 +98,7 @@ def test_all_wrong_arguments_are_named():
         CommunityPruning(every=1.5)
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
 def test_other_precisions(precision):
     callback = CommunityPruning(warmup=0, every=1)
     model = fit(callback, precision=precision)
