@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.callbacks.anyloss import MetricObjective
     from lightning_hpo.callbacks.base import MethodCallback
     from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
+    from lightning_hpo.callbacks.dag import CommunityPruning
     from lightning_hpo.callbacks.diffrate import TokenCompression
     from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
     from lightning_hpo.callbacks.maid import ConvexHeadTuning
@@ -51,12 +52,15 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.functional.optim.adagrad_norm import AdaGradNorm
     from lightning_hpo.functional.optim.normalized_momentum import NormalizedMomentum
     from lightning_hpo.functional.optim.sample_lr import SampleCosine, SampleLinear, SampleLR
+    from lightning_hpo.graph_data import GraphDegree
     from lightning_hpo.hyper import Choice, HyperparameterSet, Integer, Interval, Positive, Simplex, UnitInterval
     from lightning_hpo.indexed_data import IndexedDataset
     from lightning_hpo.losses.anyloss import AnyLoss
     from lightning_hpo.losses.soft_confusion_matrix import SoftConfusionMatrix
+    from lightning_hpo.metrics.dag import ClusteringAccuracy, SoftModularity
     from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
     from lightning_hpo.models.bo_rep import DataHyperCleaning, SingleLoopMixin
+    from lightning_hpo.models.dag import DAGCommunityDetector
     from lightning_hpo.models.diffrate import TokenCompressionMixin
     from lightning_hpo.models.implicit_differentiation import BilevelMixin
     from lightning_hpo.models.maid import MAIDModule
@@ -80,12 +84,16 @@ __all__ = [
     "AugmentedTest",
     "BilevelMixin",
     "Choice",
+    "ClusteringAccuracy",
+    "CommunityPruning",
     "ConditionSpec",
     "ConditionedTraining",
     "ConvexHeadTuning",
     "CoordinateTest",
+    "DAGCommunityDetector",
     "DataHyperCleaning",
     "DiveBatch",
+    "GraphDegree",
     "Hypergradient",
     "HyperparameterReport",
     "HyperparameterSet",
@@ -116,6 +124,7 @@ __all__ = [
     "SingleLoopHypergradient",
     "SingleLoopMixin",
     "SoftConfusionMatrix",
+    "SoftModularity",
     "SqrtScaling",
     "StageWise",
     "StratifiedSampler",
@@ -142,12 +151,16 @@ _HOME = {
     "BilevelMixin": "models.implicit_differentiation",
     "CABS": "functional.batching.policies",
     "Choice": "hyper",
+    "ClusteringAccuracy": "metrics.dag",
+    "CommunityPruning": "callbacks.dag",
     "ConditionSpec": "functional.bilevel.condition_spec",
     "ConditionedTraining": "callbacks.mip_hypernetworks",
     "ConvexHeadTuning": "callbacks.maid",
     "CoordinateTest": "functional.batching.policies",
+    "DAGCommunityDetector": "models.dag",
     "DataHyperCleaning": "models.bo_rep",
     "DiveBatch": "functional.batching.policies",
+    "GraphDegree": "graph_data",
     "Hypergradient": "callbacks.implicit_differentiation",
     "HyperparameterReport": "callbacks.report",
     "HyperparameterSet": "hyper",
@@ -179,6 +192,7 @@ _HOME = {
     "SingleLoopHypergradient": "callbacks.bo_rep",
     "SingleLoopMixin": "models.bo_rep",
     "SoftConfusionMatrix": "losses.soft_confusion_matrix",
+    "SoftModularity": "metrics.dag",
     "SqrtScaling": "functional.batching.learning_rate",
     "StageWise": "functional.batching.ramps",
     "StratifiedSampler": "stratified_sampler",

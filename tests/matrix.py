@@ -5,13 +5,16 @@ from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch_geometric.data import Batch
 
 from lightning_hpo import (
     AdaptiveBatchSize,
+    CommunityPruning,
     ConditionedTraining,
     ConditionSpec,
     ConvexHeadTuning,
+    DAGCommunityDetector,
     Hypergradient,
     HyperparameterSet,
     MethodCallback,
@@ -24,7 +27,8 @@ from lightning_hpo import (
     UnitInterval,
     hypernetize,
 )
-from lightning_hpo.testing import TinyClassifier, TinyImages
+from lightning_hpo.demos.graph_data import planted_partition
+from lightning_hpo.testing import ResumableLoader, TinyClassifier, TinyImages
 
 EVERYTHING = frozenset(
     {
@@ -164,6 +168,29 @@ class ShortEpochs(TinyImages):
         self.train_set = Subset(self.train_set, range(16))
 
 
+class TinyDetector(DAGCommunityDetector):
+    """The same weights every time."""
+
+    def __init__(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            super().__init__(6, max_communities=6, hidden_channels=8, heads=2, warmup_epochs=1, ramp_epochs=2, lr=0.01)
+
+
+class TinyGraphs(LightningDataModule):
+    """Two batches an epoch, of small graphs with two communities each."""
+
+    def __init__(self, batch_size=8):
+        super().__init__()
+        self.batch_size = batch_size
+        self.graphs = [planted_partition(2, 8, attributes=6, seed=seed) for seed in range(16)]
+
+    def train_dataloader(self):
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        sampler = DistributedSampler(self.graphs, num_replicas=ranks, rank=rank, seed=0)
+        return ResumableLoader(self.graphs, self.batch_size, sampler=sampler, collate_fn=Batch.from_data_list)
+
+
 HEAD = {"every_n_steps": 2, "steps": 2, "log_l2": 0.0, "bounds": (-2.0, 6.0), "solver": "fista"}
 HEAD |= {"maid_args": {"kappa": 1e-6}}
 MISSED = (
@@ -280,6 +307,21 @@ CASES = [
             "resume": MISSED,
             "accumulation": "works, and micro-batches end like one batch in its own tests; the choice is made at "
             "validations, which the generic test takes for steps within a window",
+        },
+    ),
+    # Its own tests compare two ranks with one process, on one graph and on parts with masks that are given.
+    Case(
+        "CommunityPruning",
+        "dag",
+        lambda: CommunityPruning(warmup=0, every=1, min_size=1),
+        TinyDetector,
+        TinyGraphs,
+        works_with=EVERYTHING - {"two ranks", "accumulation"},
+        reasons={
+            "two ranks": "works; masks are drawn for each batch, so that a run on parts is not that of one process; "
+            "its own tests compare both on one graph, bit for bit, and on parts with given masks",
+            "accumulation": "works, but modularity is no mean over parts, so that two micro-batches are not their "
+            "union; give whole graphs or larger parts",
         },
     ),
     # Every second step, so that ten steps hold some; at epoch ends in its own tests. FISTA, because L-BFGS turns the

@@ -20,6 +20,7 @@ def test_there_is_a_script_for_each_question():
         "bo_rep",
         "bo_rep_cost",
         "bo_rep_digits",
+        "dag",
         "data_driven_tuning",
         "denoising",
         "gradient_statistics",

@@ -32,6 +32,12 @@ def run_rank(rank: int, folder: str) -> None:
     seen["untouched"] = ours
     seen["with graph"] = distributed.mean(ours.clone().requires_grad_() * 2).requires_grad
 
+    # The loss is a square of a sum over ranks, which each rank's parameter has a part in.
+    weight = torch.tensor([2.0], requires_grad=True)
+    (distributed.sum_with_gradient(weight * ours).square().sum()).backward()
+    distributed.mean_gradients([weight])
+    seen["gradient of a sum"] = weight.grad
+
     seen["gather"] = distributed.gather(ours)
     seen["gather scalar"] = distributed.gather(torch.tensor(float(rank)))
     seen["gather unequal"] = distributed.gather(torch.full((rank * 2 + 1, 2), rank + 1))
@@ -83,6 +89,12 @@ def test_mean_and_sum(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["integer sum"].tolist() == [2**41 + 1]
     assert torch.equal(ranks[0]["strided"], 2 * torch.arange(6.0).view(2, 3).T)
     assert not ranks[0]["with graph"]
+
+
+def test_the_gradient_of_a_sum_is_that_of_one_process(ranks: list[dict[str, Any]]) -> None:
+    weight = torch.tensor([2.0], requires_grad=True)
+    (weight * torch.tensor([1.0 + 3.0, 2.0 + 8.0])).square().sum().backward()
+    assert torch.equal(ranks[0]["gradient of a sum"], weight.grad)
 
 
 def test_minimum_is_taken_entry_by_entry(ranks: list[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Who may import whom, read from the syntax trees.
 
 The rules are those of `docs/architecture.md` with one point relaxed: files in `nn/` and `callbacks/` may import timm,
-because a heavy package is imported in the file of the method that needs it, and TokenCompression's are there.
+because a heavy package is imported in the file of the method that needs it, and TokenCompression's are there; files
+in `nn/` may import torch-geometric for the same reason.
 """
 
 import ast
@@ -32,14 +33,15 @@ L1 = (
     *("whole_data", "perturbation", "batch_parts", "response_training"),
     *("self_tuning_arguments", "response_optimizer", "matching_dropout"),
     *("losses", "criterion_call", "stratified_sampler"),
+    *("graph_data", "metrics", "seeded", "community_arguments", "community_result"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
 RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "functional": (TORCH, L0),
-    "nn": (TORCH | {"timm"}, L0),
     "condition_arguments": (TORCH, L0),
     "conditioned_parts": (TORCH, (*L0, "distributed")),
+    "nn": (TORCH | {"timm", "torch_geometric"}, L0),
     "condition_losses": (TORCH, (*L0, "distributed", "module_losses", "whole_data")),
     "frozen": (TORCH, L0),
     "hyper": (TORCH, L0),
@@ -82,6 +84,11 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "losses": (TORCH | {"torchmetrics"}, (*L0, "distributed", "criterion_call", "losses")),
     "criterion_call": (TORCH, L0),
     "stratified_sampler": (TORCH, (*L0, "distributed")),
+    "graph_data": (TORCH | {"torch_geometric"}, (*L0, "distributed")),
+    "community_arguments": (TORCH, L0),
+    "community_result": (TORCH, (*L0, "graph_data")),
+    "metrics": (TORCH | {"scipy", "torchmetrics"}, L0),
+    "seeded": (TORCH, L0),
     "callbacks": (LIGHTNING, (*L0, *L1, "callbacks.base", "callbacks.report")),
     "models": (LIGHTNING, (*L0, *L1, "callbacks", "models.maid_loop")),
     "tuners": (LIGHTNING, (*L0, *L1, "callbacks.base", "tuners")),
@@ -168,7 +175,10 @@ def test_private_names_of_lightning_stay_in_two_files(path: str) -> None:
         ("functional/compression/x.py", "def f():\n    from timm.layers import Mlp"),
         ("functional/compression/x.py", "from lightning_hpo.hyper import Positive"),
         ("nn/x.py", "from lightning_hpo.callbacks import base"),
-        ("nn/x.py", "import torch_geometric"),
+        ("nn/x.py", "import sklearn"),
+        ("functional/graphs/x.py", "import torch_geometric"),
+        ("callbacks/x.py", "import torch_geometric"),
+        ("metrics/x.py", "from lightning_hpo.callbacks import dag"),
         ("hyper.py", "from lightning_hpo import callbacks"),
         ("distributed.py", "from lightning.pytorch import Trainer"),
         ("callbacks/x.py", "from lightning_hpo.callbacks.diffrate import TokenCompression"),
@@ -215,9 +225,10 @@ def test_the_private_check_finds_trespassers(source: str) -> None:
 def test_importing_the_package_costs_nothing() -> None:
     code = """
 import sys, lightning_hpo
-from lightning_hpo import callbacks, demos, functional, models, nn, testing, tuners
+from lightning_hpo import callbacks, demos, functional, metrics, models, nn, testing, tuners
 from lightning_hpo.functional import compression
-print(*{name.split(".")[0] for name in sys.modules} & {"torch", "lightning", "timm", "numpy", "matplotlib", "sklearn"})
+heavy = {"torch", "lightning", "timm", "numpy", "matplotlib", "sklearn", "scipy", "torch_geometric"}
+print(*{name.split(".")[0] for name in sys.modules} & heavy)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_hpo.demos.denoising_data import DenoisingDataModule, PhotoDenoisingDataModule
+    from lightning_hpo.demos.graph_data import CitationDataModule, PlantedPartitionDataModule
     from lightning_hpo.demos.image_classifier import ImageClassifier
     from lightning_hpo.demos.image_data import DigitsDataModule, ImageDataModule
     from lightning_hpo.demos.image_files import (
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CIFAR10DataModule": "image_files",
+    "CitationDataModule": "graph_data",
     "DenoisingDataModule": "denoising_data",
     "DigitsDataModule": "image_data",
     "FashionMNISTDataModule": "image_files",
@@ -28,12 +30,14 @@ _HOME = {
     "MNISTDataModule": "image_files",
     "ImbalancedDataModule": "imbalanced_data",
     "PhotoDenoisingDataModule": "denoising_data",
+    "PlantedPartitionDataModule": "graph_data",
     "SST2DataModule": "text_data",
     "TabularClassifier": "tabular_classifier",
 }
 
 __all__ = [
     "CIFAR10DataModule",
+    "CitationDataModule",
     "DenoisingDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
@@ -43,6 +47,7 @@ __all__ = [
     "ImbalancedDataModule",
     "MNISTDataModule",
     "PhotoDenoisingDataModule",
+    "PlantedPartitionDataModule",
     "SST2DataModule",
     "TabularClassifier",
 ]

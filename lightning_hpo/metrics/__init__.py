@@ -1,0 +1,1 @@
+"""Metrics of torchmetrics' kind that it does not have, a file a method."""

@@ -1,0 +1,94 @@
+"""Two ranks that hold one graph, and two that hold its parts."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from torch_geometric.data import Batch
+from torch_geometric.loader import DataLoader
+
+from lightning_hpo import CommunityPruning, DAGCommunityDetector
+from lightning_hpo.demos.graph_data import planted_partition
+from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
+from lightning_hpo.models import dag
+from lightning_hpo.testing import assert_same, fit
+from lightning_hpo.testing.run import fit_two_ranks
+
+SMALL = {"max_communities": 8, "hidden_channels": 16, "heads": 2, "warmup_epochs": 2, "ramp_epochs": 2, "lr": 0.01}
+
+
+def detector(**arguments):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DAGCommunityDetector(16, **{**SMALL, **arguments})
+
+
+def pruning():
+    return CommunityPruning(warmup=0, every=1, min_size=5)
+
+
+class OneGraph(LightningDataModule):
+    """The same graph on every rank."""
+
+    def __init__(self, batch_size):
+        super().__init__()
+
+    def train_dataloader(self):
+        return DataLoader([planted_partition(3, 20)])
+
+
+class Parts(LightningDataModule):
+    """Two graphs without a common node: both in a batch, or one on each of two ranks."""
+
+    def __init__(self, batch_size):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        graphs = [planted_partition(3, 20, seed=seed) for seed in (0, 1)]
+        ours = graphs if self.batch_size == 8 else [graphs[self.trainer.global_rank]]
+        return torch.utils.data.DataLoader(Own(ours), sampler=Own(range(len(ours))), **JOINED)
+
+
+class Own(list):
+    """What each rank has of its own: Lightning shares out samplers of its kind only."""
+
+
+JOINED = {"batch_size": 2, "collate_fn": Batch.from_data_list}
+
+
+def test_two_ranks_with_one_graph_are_one_process():
+    first, second = fit_two_ranks(pruning, detector, OneGraph, batch_size=4, max_steps=10)
+    single = fit(pruning(), detector(), OneGraph(8), max_steps=10)
+    assert first.losses == second.losses
+    for what in ("losses", "module", "method", "knobs"):
+        assert_same(getattr(first, what), getattr(single, what), what, rtol=1e-6, atol=1e-7)
+    assert single.knobs[-1] != single.knobs[0]
+
+
+def test_two_ranks_with_parts_are_one_process_with_both(monkeypatch):
+    # Every node whose number in its graph is even: the same, however graphs are put together.
+    def every_second(nodes, *arguments):
+        none = torch.empty(0, dtype=torch.long)
+        return AttributeMask(torch.arange(0, nodes, 2), none, none)
+
+    centres = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(dag, "draw_mask", every_second)
+    monkeypatch.setattr(dag, "k_means", lambda *arguments: centres)
+    monkeypatch.setattr(dag.DAGCommunityDetector, "_start_readout", start)
+
+    def still():
+        return detector(dropout=0.0, attention_dropout=0.0)
+
+    two = fit_two_ranks(pruning, still, Parts, batch_size=4, max_steps=8, use_distributed_sampler=False)
+    single = fit(pruning(), still(), Parts(8), max_steps=8)
+    assert two[0].losses == pytest.approx(two[1].losses)  # each has the loss of both parts
+    assert two[0].losses == pytest.approx(single.losses, rel=1e-4)
+    assert_same(two[0].module, two[1].module, "weights of both ranks")
+    for what in ("module", "method", "knobs"):
+        assert_same(getattr(two[0], what), getattr(single, what), what, rtol=1e-3, atol=1e-4)
+    assert single.knobs[-1] != single.knobs[0]
+
+
+def start(model, graph):
+    """As ever, but the spread is a number of its own: a part's is not that of the whole."""
+    model.readout.start_from(dag.k_means(), torch.tensor(30.0), 5.0)

@@ -1,0 +1,45 @@
+"""Graphs: parts that know the whole, and edges that are mended."""
+
+import pytest
+import torch
+from torch_geometric.data import Data
+from torch_geometric.loader import RandomNodeLoader
+
+from lightning_hpo import GraphDegree
+from lightning_hpo.graph_data import graph_of, is_clean, undirected
+
+
+def test_parts_carry_degrees_and_size_of_the_whole():
+    ring = torch.stack([torch.arange(12), torch.arange(12).roll(1)])
+    data = GraphDegree()(Data(x=torch.rand(12, 2), edge_index=torch.cat([ring, ring.flip(0)], dim=1)))
+    parts = [graph_of(part) for part in RandomNodeLoader(data, num_parts=3, shuffle=True)]
+    assert all(part.is_part and part.nodes == 12 for part in parts)
+    assert torch.cat([part.degree for part in parts]).tolist() == [2.0] * 12
+    assert sum(part.edge_index.shape[1] for part in parts) < 24  # edges between parts are in none
+    assert not graph_of(Data(x=torch.eye(2), edge_index=ring[:, :1])).is_part
+
+
+def test_the_whole_needs_edges():
+    with pytest.raises(ValueError, match="`GraphDegree`: the graph has no edges"):
+        GraphDegree()(Data(x=torch.eye(2)))
+
+
+@pytest.mark.parametrize(
+    ("edges", "both_ways", "once"),
+    [
+        ([[0, 1, 1, 2], [1, 0, 2, 1]], True, True),
+        ([[0, 1], [1, 2]], False, True),
+        ([[0, 1, 0, 1], [1, 0, 1, 0]], True, False),
+        ([[0, 1, 2], [1, 0, 2]], True, False),
+    ],
+)
+def test_what_is_clean(edges, both_ways, once):
+    assert is_clean(torch.tensor(edges), 3) == (both_ways, once)
+
+
+def test_mended_edges_are_clean():
+    edges = torch.randint(9, (2, 60))
+    mended = undirected(edges, 9)
+    assert is_clean(mended, 9) == (True, True)
+    before = {frozenset(pair) for pair in edges.T.tolist() if pair[0] != pair[1]}
+    assert {frozenset(pair) for pair in mended.T.tolist()} == before
