@@ -21,6 +21,7 @@ class ConditionedParts:
         spec: Their conditions: those of the first part.
 
     Example:
+        >>> import torch
         >>> from lightning_hpo.nn.mip_hypernetworks import hypernetize
         >>> parts = ConditionedParts(nn.Sequential(hypernetize(nn.Linear(1, 1), ConditionSpec().add("x", 0.0, 2.0))))
         >>> parts.hand_over(torch.tensor([0.25]))
