@@ -9,6 +9,7 @@ from lightning_hpo import distributed
 from lightning_hpo.functional.objectives.anyloss_inputs import arrange
 from lightning_hpo.losses.anyloss import AnyLoss
 from lightning_hpo.losses.soft_confusion_matrix import SoftConfusionMatrix
+from lightning_hpo.losses.value_watch import ValueWatch
 
 __all__ = ["EpochMetrics"]
 
@@ -29,6 +30,7 @@ class EpochMetrics:
 
     def __init__(self, objective: AnyLoss, keep: bool = False) -> None:
         self.objective, self.keep = objective, keep
+        self._watch = ValueWatch(objective.task)
         self._counts: list[SoftConfusionMatrix] = []  # soft and hard
         self._sums: Tensor | None = None  # over samples: of losses, of dead ones, of all
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -37,6 +39,8 @@ class EpochMetrics:
         """Counts a batch; ``loss`` is the mean that the module's own criterion gave."""
         own = self.objective
         inputs = arrange(logits.detach(), target, own.task, None, own.ignore_index)
+        if problems := self._watch.problems(inputs):
+            raise ValueError(f"validation {'; '.join(problems)}.")
         if not self._counts:
             self._counts = [self._matrix(logits, hard) for hard in (False, True)]
         for counts in self._counts:
@@ -51,7 +55,7 @@ class EpochMetrics:
 
     def _matrix(self, logits: Tensor, hard: bool) -> SoftConfusionMatrix:
         own, classes = self.objective, None if self.objective.task == "binary" else logits.shape[1]
-        counts = SoftConfusionMatrix(own.task, classes, hard=hard, ignore_index=own.ignore_index)
+        counts = SoftConfusionMatrix(own.task, classes, hard=hard, ignore_index=own.ignore_index, validate_args=False)
         counts.surrogate = replace(own.surrogate, name="hard") if hard else own.surrogate
         return counts.to(logits.device)
 
