@@ -27,7 +27,7 @@ class _Course(Callback):
         self.rows: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = ("anyloss/val_soft", "anyloss/val_f1", "anyloss/dead_share")
+        names = ("anyloss/val_soft", "anyloss/val_f1", "anyloss/val_dead_share")
         self.rows.append({name: trainer.callback_metrics[name].item() for name in names})
 
 
@@ -40,7 +40,7 @@ def draw_soft_and_hard(data: ImbalancedDataModule, fit: Callable[..., Any]) -> N
         epochs = range(1, len(course.rows) + 1)
         panel.plot(epochs, [row["anyloss/val_soft"] for row in course.rows], label="soft F1")
         panel.plot(epochs, [row["anyloss/val_f1"] for row in course.rows], label="F1")
-        panel.plot(epochs, [row["anyloss/dead_share"] for row in course.rows], "k:", label="dead share")
+        panel.plot(epochs, [row["anyloss/val_dead_share"] for row in course.rows], "k:", label="dead share")
         panel.set(title=title, xlabel="epoch", ylim=(-0.02, 1.02))
     panel.legend()
     figure.savefig(ASSETS / "anyloss_soft_and_hard.png", dpi=110)

@@ -289,9 +289,9 @@ class MetricObjective(MethodCallback):
             return
         name = self.metric if isinstance(self.metric, str) else "metric"
         found = self._epoch.results()
-        names = {"metric": f"val_{name}", "soft": "val_soft", "gap": "val_gap", "criterion": "val_criterion"}
         # They are the same on all ranks; Lightning wants to hear that somebody thought of it.
-        self.log_values(pl_module, {names[key]: value for key, value in found.items()}, sync_dist=True)
+        values = {f"val_{name if key == 'metric' else key}": value for key, value in found.items()}
+        self.log_values(pl_module, values, sync_dist=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

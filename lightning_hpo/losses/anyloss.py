@@ -173,8 +173,8 @@ class AnyLoss(nn.Module):
 
     def _with_running(self, sums: Tensor) -> Tensor:
         """Sums of earlier batches, scaled to this one, with the gradient of this one's."""
-        before = self.sums if self.sums.numel() else sums.detach()
-        self.pending = sums.detach() + (self.pending if self.pending.numel() else 0)
+        before = self.sums if self.sums.shape == sums.shape else sums.detach()  # of as many classes
+        self.pending = sums.detach() + (self.pending if self.pending.shape == sums.shape else 0)
         if self.commits:
             self.commit()
         return before * (self._total(sums) / self._total(before)).detach() + (sums - sums.detach())
@@ -188,7 +188,7 @@ class AnyLoss(nn.Module):
         """Moves the running sums on by what has been counted since the last time, as an optimizer step would."""
         if self.running is None or not self.pending.numel():
             return
-        first = not self.sums.numel()
+        first = self.sums.shape != self.pending.shape
         counted = self.pending[3] if not self._needs_matrix() else self.pending
         moved = self.pending if first else self.running * self.sums + (1 - self.running) * self.pending
         # A batch that is not finite, or in which nothing counts, leaves no trace.

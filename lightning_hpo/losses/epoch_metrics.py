@@ -9,6 +9,7 @@ from lightning_hpo import distributed
 from lightning_hpo.functional.objectives.anyloss_inputs import arrange
 from lightning_hpo.losses.anyloss import AnyLoss
 from lightning_hpo.losses.soft_confusion_matrix import SoftConfusionMatrix
+from lightning_hpo.losses.value_watch import ValueWatch
 
 __all__ = ["EpochMetrics"]
 
@@ -24,47 +25,53 @@ class EpochMetrics:
         >>> epoch = EpochMetrics(AnyLoss("f1"))
         >>> epoch.add(torch.tensor([1.0, -1.0]), torch.tensor([1, 1]), torch.tensor(0.8))
         >>> {name: round(value.item(), 3) for name, value in epoch.results().items()}
-        {'metric': 0.667, 'soft': 0.667, 'gap': 0.0, 'criterion': 0.8}
+        {'metric': 0.667, 'soft': 0.667, 'gap': 0.0, 'criterion': 0.8, 'dead_share': 1.0}
     """
 
     def __init__(self, objective: AnyLoss, keep: bool = False) -> None:
         self.objective, self.keep = objective, keep
+        self._watch = ValueWatch(objective.task)
         self._counts: list[SoftConfusionMatrix] = []  # soft and hard
-        self._loss: Tensor | None = None  # sum over samples, and number of samples
+        self._sums: Tensor | None = None  # over samples: of losses, of dead ones, of all
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, logits: Tensor, target: Tensor, loss: Tensor) -> None:
         """Counts a batch; ``loss`` is the mean that the module's own criterion gave."""
         own = self.objective
         inputs = arrange(logits.detach(), target, own.task, None, own.ignore_index)
+        if problems := self._watch.problems(inputs):
+            raise ValueError(f"validation {'; '.join(problems)}.")
         if not self._counts:
             self._counts = [self._matrix(logits, hard) for hard in (False, True)]
         for counts in self._counts:
             counts.update(logits.detach(), target)
         samples = float(len(inputs.target)) if inputs.weight is None else inputs.weight.sum()
-        pair = torch.stack([loss.detach().float() * samples, torch.as_tensor(samples, device=loss.device)])
-        self._loss = pair if self._loss is None else self._loss + pair
+        counted = torch.as_tensor(samples, device=logits.device)
+        parts = torch.stack([loss.detach().float() * samples, own.dead_share(inputs).float() * samples, counted])
+        self._sums = parts if self._sums is None else self._sums + parts
         if self.keep:
             real = slice(None) if inputs.weight is None else inputs.weight > 0
             self._kept.append((inputs.logits[real].cpu(), inputs.target[real].cpu()))
 
     def _matrix(self, logits: Tensor, hard: bool) -> SoftConfusionMatrix:
         own, classes = self.objective, None if self.objective.task == "binary" else logits.shape[1]
-        counts = SoftConfusionMatrix(own.task, classes, hard=hard, ignore_index=own.ignore_index)
+        counts = SoftConfusionMatrix(own.task, classes, hard=hard, ignore_index=own.ignore_index, validate_args=False)
         counts.surrogate = replace(own.surrogate, name="hard") if hard else own.surrogate
         return counts.to(logits.device)
 
     def results(self) -> dict[str, Tensor]:
-        """The metric, its soft counterpart, the soft one's excess over it, and the criterion; empty if nothing came.
+        """Metric, soft metric, the excess of that, criterion, and share of dead samples; empty if nothing came.
 
         A collective: call it on all ranks.
         """
-        if self._loss is None:
+        if self._sums is None:
             return {}
-        loss, samples = distributed.sum(self._loss).unbind(0)
+        loss, dead, samples = distributed.sum(self._sums).unbind(0)
         own = self.objective
         values = [counts.score(own.metric, own.average, own.beta) for counts in self._counts]
-        return {"metric": values[1], "soft": values[0], "gap": values[0] - values[1], "criterion": loss / samples}
+        soft, hard = values
+        shares = {"criterion": loss / samples, "dead_share": dead / samples}
+        return {"metric": hard, "soft": soft, "gap": soft - hard, **shares}
 
     def seen(self) -> bool:
         """Whether every rank has counted something; a collective."""
@@ -80,7 +87,7 @@ class EpochMetrics:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._counts, self._loss, self._kept = [], None, []
+        self._counts, self._sums, self._kept = [], None, []
 
 
 def _joined(column: Tensor) -> Tensor:

@@ -114,6 +114,9 @@ def test_validation_counts_everything_and_leaves_the_criterion_alone():
     assert logged["anyloss/val_gap"] == pytest.approx(soft - hard, abs=1e-6)
     plain = F.binary_cross_entropy_with_logits(logits, y).item()
     assert logged["anyloss/val_criterion"] == pytest.approx(plain, abs=1e-6)
+    with torch.no_grad():
+        slopes = own.surrogate.slope(logits)
+    assert logged["anyloss/val_dead_share"] == pytest.approx((slopes < 1e-4).float().mean().item(), abs=1e-6)
     assert logged["val_loss"] == pytest.approx(plain, abs=1e-6)
     train = {"anyloss/soft_metric", "anyloss/dead_share", "anyloss/amplification", "anyloss/mix"}
     assert train | {"anyloss/incomplete_batches"} <= logged.keys()

@@ -130,6 +130,16 @@ def test_wrong_targets_are_named():
         tiny_trainer(MetricObjective(), max_steps=2).fit(Net(), DataLoader(TensorDataset(torch.zeros(8, 3), y), 4))
 
 
+def test_wrong_targets_of_validation_are_named():
+    class Calls(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.criterion(self.net(batch[0]).squeeze(1), batch[1]))
+
+    val = DataLoader(TensorDataset(torch.zeros(8, 3), torch.arange(8.0) % 3), 4)
+    with pytest.raises(ValueError, match="validation targets must be 0 or 1, got 2"):
+        fit(net=Calls(), val=val)
+
+
 def test_two_of_them_need_two_criteria():
     class Two(Net):
         def __init__(self):

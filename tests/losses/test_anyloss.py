@@ -233,3 +233,20 @@ def test_a_small_last_layer_leaves_no_sample_dead():
             f1.append(1 - anyloss(layer(x).squeeze(1), y, surrogate=Surrogate("hard")).item())
     assert f1[1] > 0.9
     assert f1[0] < f1[1] - 0.3
+
+
+@pytest.mark.gpu
+def test_targets_on_a_gpu_are_looked_at_without_waiting():
+    criterion = AnyLoss("f1").cuda()
+    z = torch.zeros(64, device="cuda")
+    good, bad = torch.arange(64, device="cuda") % 2, torch.arange(64, device="cuda") % 3
+    criterion(z, good)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        criterion(z, bad)
+        criterion(z, good)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="targets must be from 0 to 1, got some from 0 to 2"):
+        criterion(z, good)

@@ -66,6 +66,9 @@ def work(rank, folder):
     total = distributed.sum_with_gradient(share)
     total.square().sum().backward()
     out["sum"] = (total.detach(), share.grad)
+    if rank == 0:  # in evaluation nobody is waited for
+        out["alone"] = AnyLoss("f1").eval()(torch.tensor([1.0, -1.0]), torch.tensor([1, 1]))
+        out["apart"] = AnyLoss("f1", sync=False)(torch.tensor([1.0, -1.0]), torch.tensor([1, 1]))
     torch.save(out, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -104,3 +107,9 @@ def test_the_gradient_of_a_sum_over_ranks(ranks):
     for total, gradient in (rank["sum"] for rank in ranks):
         assert total.tolist() == [3.0, 4.0]
         assert gradient.tolist() == [12.0, 16.0]  # 2 * total, times the ranks that will be averaged over
+
+
+def test_evaluation_and_unsynchronised_losses_are_of_the_own_batch(ranks):
+    expected = AnyLoss("f1")(torch.tensor([1.0, -1.0]), torch.tensor([1, 1]))
+    torch.testing.assert_close(ranks[0]["alone"], expected)
+    torch.testing.assert_close(ranks[0]["apart"], expected)

@@ -1,0 +1,90 @@
+"""Several seeds in one fit: a module whose every label is a network of its own, with samples of its own.
+
+Sums of soft counts are taken label by label and the metric is averaged over labels, so that each network gets its own
+gradient divided by the number of seeds, which Adam does not notice.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hpo.demos import ImbalancedDataModule
+
+__all__ = ["Members", "fit_members"]
+
+FEWEST = 500  # steps of a run
+
+
+class Members(LightningModule):
+    """Networks of one hidden layer, side by side.
+
+    Logits are ``(batch, members)``, features ``(batch, members, columns)``.
+
+    Args:
+        columns: Features of a sample.
+        seeds: One for each member's first weights.
+        hidden: Units.
+        criterion: The loss; a cross-entropy by default.
+    """
+
+    def __init__(
+        self, columns: int, seeds: Sequence[int], hidden: int = 64, criterion: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        layers = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            layers.append([*nn.Linear(columns, hidden).parameters(), *nn.Linear(hidden, 1).parameters()])
+        self.weights = nn.ParameterList(
+            [nn.Parameter(torch.stack(part).detach()) for part in zip(*layers, strict=True)]
+        )
+        self.criterion = criterion or nn.BCEWithLogitsLoss()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits."""
+        first, first_bias, last, last_bias = self.weights
+        hidden = torch.einsum("nmc,mhc->nmh", features, first).add(first_bias).relu()
+        return torch.einsum("nmh,moh->nm", hidden, last) + last_bias[:, 0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The criterion."""
+        features, targets = batch
+        return self.criterion(self(features), targets)
+
+    def configure_optimizers(self) -> Any:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def fit_members(
+    parts: Sequence[ImbalancedDataModule], quick: bool, *callbacks: Callback, criterion: nn.Module | None = None
+) -> Members:
+    """Trains a member on each table, for at least 20 epochs and 500 steps."""
+    features, targets = (torch.stack([_shuffled(data)[k] for data in parts], 1) for k in (0, 1))
+    batch_size, seeds = parts[0].batch_size, [data.seed for data in parts]
+    module = Members(features.shape[2], seeds, criterion=criterion)
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(features, targets), batch_size, shuffle=True, generator=generator)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2 if quick else max(20, math.ceil(FEWEST / len(loader))),
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader)
+    return module
+
+
+def _shuffled(data: ImbalancedDataModule) -> tuple[Tensor, Tensor]:
+    """Training samples in an order of the seed's own, so that members do not see the same batches."""
+    features, targets = data.train_set.tensors
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(data.seed))
+    return features[order], targets[order]
