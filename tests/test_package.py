@@ -91,7 +91,7 @@ def test_metadata_names_what_users_need(built: Path) -> None:
     for package in ("lightning>=2.6", "torch>=", "timm>=", "torch-geometric>=", "jsonargparse[signatures]>=", "rich>="):
         assert any(line.startswith(package) for line in required), package
     extras = {line.removeprefix("Provides-Extra: ") for line in metadata.splitlines() if "Provides-Extra" in line}
-    assert extras == {"test", "docs", "peers", "search", "dev"}
+    assert extras == {"test", "docs", "peers", "communities", "search", "dev"}
     assert any(line.startswith("mkdocs-material") and 'extra == "dev"' in line for line in needed)
     assert "lightning-hpo = lightning_hpo.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in archive.namelist()
