@@ -197,13 +197,13 @@ def test_parts_of_a_graph_average_their_degree_share():
 def test_the_averaged_share_has_the_value_of_the_average_and_the_slope_of_the_batch():
     model = detector(average=0.5)
     model.degree_share.copy_(torch.arange(8) / 28)
-    membership = torch.randn(6, 8).softmax(1).requires_grad_()
-    sums = community_sums(membership, torch.tensor([[0, 1, 2], [1, 0, 3]]), torch.tensor([1, 2, 3, 4, 5, 6]))
+    scores = torch.randn(6, 8, requires_grad=True)
+    sums = community_sums(scores.softmax(1), torch.tensor([[0, 1, 2], [1, 0, 3]]), torch.tensor([1, 2, 3, 4, 5, 6]))
     own = sums.degree_mass / 21
     found = model._averaged_share(sums)
     torch.testing.assert_close(found, (0.5 * torch.arange(8) / 28 + 0.5 * own))
-    (slope,) = torch.autograd.grad(found.square().sum(), membership, retain_graph=True)
-    (expected,) = torch.autograd.grad((2 * found.detach() * own).sum(), membership)
+    (slope,) = torch.autograd.grad(found.square().sum(), scores, retain_graph=True)
+    (expected,) = torch.autograd.grad((2 * found.detach() * own).sum(), scores)
     torch.testing.assert_close(slope, expected)
 
 
