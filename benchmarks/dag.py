@@ -130,13 +130,16 @@ def grid_rows(data: Data, one: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     chosen = max(runs, key=lambda run: run.scores["modularity"])  # what can be seen without labels
     best = max(runs, key=lambda run: run.scores["nmi"])
     whole = sum(run.seconds for run in runs)
-    yield {"way": "one run, K not given", **_picked(one), "seconds": one["seconds"], "ratio": one["seconds"] / whole}
+    ratio = round(one["seconds"] / whole, 4)
+    yield {"way": "one run, K not given", **_picked(one), "seconds": one["seconds"], "ratio": ratio}
     for way, run in (("grid of 8, the highest modularity", chosen), ("grid of 8, the highest NMI, from labels", best)):
         yield {"way": way, **_picked(run.scores), "seconds": round(whole, 1), "ratio": 1.0}
 
 
 def _picked(scores: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: scores[name] for name in ("communities", "acc", "nmi", "ari", "modularity")}
+    found = {name: round(scores[name], 4) for name in ("acc", "nmi", "ari", "modularity")}
+    count = scores["communities"]
+    return {"communities": count if isinstance(count, str) else str(int(count)), **found}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,8 +9,9 @@ import networkx
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
+from torch.nn import functional as F
 from torch_geometric.data import Data
-from torch_geometric.transforms import SIGN
+from torch_geometric.transforms import SIGN, AddSelfLoops
 from torch_geometric.utils import to_networkx
 from torchmetrics.functional.clustering import adjusted_rand_score, normalized_mutual_info_score
 
@@ -54,13 +55,14 @@ def leiden(data: Data, seed: int) -> Tensor:
 
 def k_means(data: Data, seed: int) -> Tensor:
     """On attributes alone, told the number of classes."""
-    found = KMeans(int(data.y.max()) + 1, n_init=3, random_state=seed).fit_predict(data.x.numpy())
+    found = KMeans(int(data.y.max()) + 1, n_init=10, random_state=seed).fit_predict(data.x.numpy())
     return torch.as_tensor(found, dtype=torch.long)
 
 
 def smoothed_k_means(data: Data, seed: int) -> Tensor:
-    """On attributes smoothed over the neighbourhood, told the number of classes."""
-    return k_means(Data(x=SIGN(HOPS)(data.clone())[f"x{HOPS}"], y=data.y), seed)
+    """On directions of attributes smoothed over the neighbourhood, told the number of classes."""
+    smooth = SIGN(HOPS)(AddSelfLoops()(data.clone()))[f"x{HOPS}"]
+    return k_means(Data(x=F.normalize(smooth, dim=1), y=data.y), seed)
 
 
 PEERS: dict[str, Callable[[Data, int], Tensor]] = {

@@ -12,7 +12,7 @@ from torch_geometric.loader import DataLoader, RandomNodeLoader
 
 from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree
 from lightning_hpo.demos.graph_data import planted_partition
-from lightning_hpo.functional.graphs.dag import balance, effective_communities, soft_modularity
+from lightning_hpo.functional.graphs.dag import balance, community_sums, effective_communities, soft_modularity
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
 from lightning_hpo.graph_data import graph_of
 from lightning_hpo.testing import tiny_trainer
@@ -192,6 +192,19 @@ def test_parts_of_a_graph_average_their_degree_share():
     expected = shares[0] / 4 + shares[1] / 4 + shares[2] / 2
     torch.testing.assert_close(model.degree_share, expected)
     assert gradient.abs().max() > 0
+
+
+def test_the_averaged_share_has_the_value_of_the_average_and_the_slope_of_the_batch():
+    model = detector(average=0.5)
+    model.degree_share.copy_(torch.arange(8) / 28)
+    scores = torch.randn(6, 8, requires_grad=True)
+    sums = community_sums(scores.softmax(1), torch.tensor([[0, 1, 2], [1, 0, 3]]), torch.tensor([1, 2, 3, 4, 5, 6]))
+    own = sums.degree_mass / 21
+    found = model._averaged_share(sums)
+    torch.testing.assert_close(found, (0.5 * torch.arange(8) / 28 + 0.5 * own))
+    (slope,) = torch.autograd.grad(found.square().sum(), scores, retain_graph=True)
+    (expected,) = torch.autograd.grad((2 * found.detach() * own).sum(), scores)
+    torch.testing.assert_close(slope, expected)
 
 
 def test_a_graph_in_parts_is_learned():

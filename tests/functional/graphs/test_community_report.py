@@ -8,9 +8,11 @@ from networkx.algorithms import community, cuts
 from lightning_hpo.functional.graphs.community_report import label_free_report
 
 
-def test_figures_are_networkxs():
+@pytest.mark.parametrize("most_in_one", [False, True])  # then conductance looks at the rest
+def test_figures_are_networkxs(most_in_one):
     graph = networkx.karate_club_graph()
     parts = community.louvain_communities(graph, weight=None, seed=0)
+    parts = [{*parts[0], *parts[1], *parts[2]}, *parts[3:]] if most_in_one else parts
     labels = torch.empty(34, dtype=torch.long)
     for k, part in enumerate(parts):
         labels[list(part)] = 3 * k  # numbers need not follow each other
