@@ -4,13 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_hpo.nn.dag import encoder_problems
+
 __all__ = ["argument_problems"]
 
 _WEIGHTS = ("reconstruction_weight", "modularity_weight", "sparsity_weight", "balance_weight", "weight_decay")
 
 
 def argument_problems(chosen: Mapping[str, Any]) -> list[str]:
-    """What is out of range; sizes of the network are checked where it is made.
+    """What is out of range.
 
     Args:
         chosen: Arguments of :class:`~lightning_hpo.DAGCommunityDetector`, by name.
@@ -23,7 +25,9 @@ def argument_problems(chosen: Mapping[str, Any]) -> list[str]:
         >>> argument_problems(DAGCommunityDetector(4).hparams | {"mask_rate": 1.5, "gamma": 0.5})
         ['mask_rate must lie between 0 and 1, got 1.5', 'gamma must lie between 1 and inf, got 0.5']
     """
-    found = [
+    encoder = ("in_channels", "hidden_channels", "heads", "num_layers", "dropout", "attention_dropout")
+    found: list[str | None] = [
+        *encoder_problems(**{name: chosen[name] for name in encoder}),
         *(_whole(chosen, name, least) for name, least in (("max_communities", 2), ("warmup_epochs", 0))),
         _whole(chosen, "ramp_epochs", 0),
         _between(chosen, "mask_rate", 0, 1, inclusive=False),

@@ -1,5 +1,7 @@
 """Masked attributes of a graph's nodes, reconstructed, and which community each node belongs to."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +10,42 @@ from torch_geometric.nn import GATConv
 from lightning_hpo.functional.graphs.dag import group_sparsity
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
 
-__all__ = ["AffiliationReadout", "GroupSparsity", "MaskedAttributeAutoencoder"]
+__all__ = ["AffiliationReadout", "GroupSparsity", "MaskedAttributeAutoencoder", "encoder_problems"]
+
+
+def encoder_problems(
+    in_channels: Any, hidden_channels: Any, heads: Any, num_layers: Any, dropout: Any, attention_dropout: Any
+) -> list[str]:
+    """What is wrong with the sizes of an encoder.
+
+    Args:
+        in_channels: Number of attributes.
+        hidden_channels: Width of the codes.
+        heads: Attention heads.
+        num_layers: Layers.
+        dropout: Of attributes and codes.
+        attention_dropout: Of attention weights.
+
+    Returns:
+        All problems, in words.
+
+    Example:
+        >>> encoder_problems(4, 30, 4, 2, 0.2, 1.5)  # doctest: +NORMALIZE_WHITESPACE
+        ['hidden_channels must be a multiple of heads, got 30 and 4',
+         'attention_dropout must be at least 0 and below 1, got 1.5']
+    """
+    sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "heads": heads, "num_layers": num_layers}
+    problems = [
+        f"{name} must be a positive integer, got {value!r}"
+        for name, value in sizes.items()
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+    ]
+    if not problems and hidden_channels % heads:
+        problems.append(f"hidden_channels must be a multiple of heads, got {hidden_channels} and {heads}")
+    rates = {"dropout": dropout, "attention_dropout": attention_dropout}
+    return problems + [
+        f"{name} must be at least 0 and below 1, got {rate!r}" for name, rate in rates.items() if not 0 <= rate < 1
+    ]
 
 
 class MaskedAttributeAutoencoder(nn.Module):
@@ -49,23 +86,7 @@ class MaskedAttributeAutoencoder(nn.Module):
         dropout: float = 0.2,
         attention_dropout: float = 0.1,
     ) -> None:
-        sizes = {
-            "in_channels": in_channels,
-            "hidden_channels": hidden_channels,
-            "heads": heads,
-            "num_layers": num_layers,
-        }
-        problems = [
-            f"{name} must be a positive integer, got {value!r}"
-            for name, value in sizes.items()
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ]
-        if not problems and hidden_channels % heads:
-            problems.append(f"hidden_channels must be a multiple of heads, got {hidden_channels} and {heads}")
-        rates = {"dropout": dropout, "attention_dropout": attention_dropout}
-        problems += [
-            f"{name} must be at least 0 and below 1, got {rate!r}" for name, rate in rates.items() if not 0 <= rate < 1
-        ]
+        problems = encoder_problems(in_channels, hidden_channels, heads, num_layers, dropout, attention_dropout)
         if problems:
             raise ValueError(f"`MaskedAttributeAutoencoder`: {'; '.join(problems)}.")
         super().__init__()

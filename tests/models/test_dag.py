@@ -291,6 +291,7 @@ def test_loops_and_repeated_edges_are_left_out():
         ({"seed": 2**32}, "seed must lie between 0 and 4.29497e"),
         ({"warmup_epochs": 1.5, "lr": 0.0}, "warmup_epochs must be an integer .* got 1.5; lr must lie"),
         ({"heads": 3}, "hidden_channels must be a multiple of heads, got 16 and 3"),
+        ({"heads": 3, "dropout": 1.0, "mask_rate": 1.0}, "multiple of heads, .*; dropout must be .*; mask_rate must"),
     ],
 )
 def test_wrong_arguments(wrong, problem):
