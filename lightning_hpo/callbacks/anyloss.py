@@ -245,7 +245,6 @@ class MetricObjective(MethodCallback):
         share = self._blended.incomplete_share()
         if share is None:
             return
-        self.log_values(pl_module, {"incomplete_batches": share}, sync_dist=True)
         if share and self.running is None:
             rank_zero_warn(
                 f"`MetricObjective`: {share:.0%} of the epoch's batches lacked a class, and taught nothing about it; "

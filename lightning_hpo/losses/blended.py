@@ -67,8 +67,11 @@ class BlendedLoss:
         if len(self._seen) == _MANY:
             self._look()
         if self.observes:
+            self._look()
             with torch.no_grad():
-                self.noted = {"soft_metric": value.detach(), "dead_share": distributed.mean(own.dead_share(inputs))}
+                dead = distributed.mean(own.dead_share(inputs))
+            incomplete = torch.cat(self._incomplete).float().mean()
+            self.noted = {"soft_metric": value.detach(), "dead_share": dead, "incomplete_batches": incomplete}
         return value
 
     def incomplete_share(self) -> float | None:
