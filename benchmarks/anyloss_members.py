@@ -54,7 +54,9 @@ class Members(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The criterion."""
         features, targets = batch
-        return self.criterion(self(features), targets)
+        loss = self.criterion(self(features), targets)
+        self.log("train_loss", loss)  # as ordinary modules do
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Adam."""

@@ -185,7 +185,7 @@ class MetricObjective(MethodCallback):
                 validation_loader(trainer)
             except ValueError as error:
                 self.raise_all([f"`calibrate` needs validation data: {error}."])
-        self._total, self._seen = int(total), trainer.global_step
+        self._total, self._seen, self._shown = int(total), trainer.global_step, False
         self.objective.to(pl_module.device)
         self.objective.commits = False  # optimizer steps do
         self._schedule(trainer)
@@ -213,7 +213,7 @@ class MetricObjective(MethodCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on calls are training's."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        self._blended.observes = (trainer.global_step + 1) % every == 0 or batch_idx == 0 or trainer.is_last_batch
+        self._blended.observes = (trainer.global_step + 1) % every == 0 or not self._shown
         self._phase, self._blended.calls = "training", 0
 
     @override
@@ -233,9 +233,10 @@ class MetricObjective(MethodCallback):
         if trainer.global_step != self._seen:
             self._seen = trainer.global_step
             self.objective.commit()
-            present = {"amplification": self.objective.amplification, "mix": self._blended.mix}
-            self.note_values({**self._blended.noted, **present})
-            self.log_noted(trainer, pl_module)
+            if self._blended.observes:
+                present = {"amplification": self.objective.amplification, "mix": self._blended.mix}
+                self.log_values(pl_module, {**self._blended.noted, **present})
+                self._shown = True
             self._schedule(trainer)
 
     @override
@@ -244,7 +245,6 @@ class MetricObjective(MethodCallback):
         share = self._blended.incomplete_share()
         if share is None:
             return
-        self.log_values(pl_module, {"incomplete_batches": share}, sync_dist=True)
         if share and self.running is None:
             rank_zero_warn(
                 f"`MetricObjective`: {share:.0%} of the epoch's batches lacked a class, and taught nothing about it; "

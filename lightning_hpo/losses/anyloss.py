@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -149,13 +150,13 @@ class AnyLoss(nn.Module):
 
     def batch_sums(self, inputs: Inputs) -> Tensor:
         """Sums of the batch, of all ranks in training: rows of :func:`soft_sums`, or the C x C matrix."""
-        with torch.autocast(inputs.logits.device.type, enabled=False):
+        with _without_autocast(inputs.logits):
             sums = soft_sums(inputs, self.surrogate, self.task, self._needs_matrix())
         return distributed.sum_with_gradient(sums) if self.sync and self.training else sums
 
     def value(self, sums: Tensor) -> Tensor:
         """The metric of sums, in training of the running ones where there are any."""
-        with torch.autocast(sums.device.type, enabled=False):
+        with _without_autocast(sums):
             if self.running is not None and self.training:
                 sums = self._with_running(sums)
             return score(sums, self.metric, self.task, self.average, self.beta)
@@ -230,3 +231,8 @@ class AnyLoss(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from lightning_hpo import distributed
 from lightning_hpo.criterion_call import logits_and_target
+from lightning_hpo.functional.objectives.anyloss_inputs import Inputs
 from lightning_hpo.losses.anyloss import AnyLoss
 
 __all__ = ["BlendedLoss"]
+
+_MANY = 32
 
 
 class BlendedLoss:
@@ -38,35 +41,50 @@ class BlendedLoss:
         self.observes = False
         self.calls = 0
         self.noted: dict[str, Tensor] = {}
-        self._incomplete: Tensor | None = None
-        self._batches = 0
+        self._seen: list[Tensor] = []  # sums of batches that have not been looked at
+        self._incomplete: list[Tensor] = []  # whether batches lacked a class
 
     def __call__(self, criterion: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The blend for a batch, given as the criterion is."""
         self.calls += 1
         logits, target = logits_and_target(args, kwargs)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mix > 0):
-            value = self._metric(logits, target)
+        inputs = self.objective.arranged(logits, target)
+        if not self.mix:
+            if self.objective.running is not None or self.observes:
+                with torch.no_grad():
+                    self._metric(inputs)
+            return criterion(*args, **kwargs)
+        value = self._metric(inputs)
         if self.mix == 1:
             return 1 - value
         return (1 - self.mix) * criterion(*args, **kwargs) + self.mix * (1 - value)
 
-    def _metric(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _metric(self, inputs: Inputs) -> Tensor:
         own = self.objective
-        inputs = own.arranged(logits, target)
         sums = own.batch_sums(inputs)
         value = own.value(sums)
-        with torch.no_grad():
-            lacks = own.lacks_a_class(sums).float()
-            self._incomplete = lacks if self._incomplete is None else self._incomplete + lacks
-            self._batches += 1
-            if self.observes:
+        self._seen.append(sums.detach())
+        if len(self._seen) == _MANY:
+            self._look()
+        if self.observes:
+            self._look()
+            with torch.no_grad():
                 dead = distributed.mean(own.dead_share(inputs))
-                self.noted = {"soft_metric": value.detach(), "dead_share": dead}
+            incomplete = torch.cat(self._incomplete).float().mean()
+            self.noted = {"soft_metric": value.detach(), "dead_share": dead, "incomplete_batches": incomplete}
         return value
 
     def incomplete_share(self) -> float | None:
-        """Share of the batches that lacked a class since this was asked last; ``None`` without batches."""
-        counted, batches = self._incomplete, self._batches
-        self._incomplete, self._batches = None, 0
-        return None if counted is None else counted.item() / batches
+        """Share of the batches that lacked a class since this was asked last; ``None`` without batches.
+
+        Batches of a warm-up need not be counted.
+        """
+        self._look()
+        found, self._incomplete = self._incomplete, []
+        return torch.cat(found).float().mean().item() if found else None
+
+    def _look(self) -> None:
+        """At many batches in one go: a step has enough small operations."""
+        if self._seen:
+            self._incomplete.append(self.objective.lacks_a_class(torch.stack(self._seen)))
+            self._seen = []

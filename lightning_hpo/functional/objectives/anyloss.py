@@ -213,17 +213,17 @@ def lacks_a_class(sums: Tensor, task: Task = "binary", matrix: bool = False) -> 
     """Whether a batch has nothing of a class, or of a label's positives or negatives.
 
     Args:
-        sums: Of :func:`soft_sums`.
+        sums: Of :func:`soft_sums`, or a stack of those of several batches.
         task: What it is.
         matrix: Whether they are the C x C matrix.
 
     Returns:
-        A scalar, true or false.
+        True or false, one a batch.
 
     Example:
         >>> lacks_a_class(torch.tensor([[0.0], [1.0], [0.0], [50.0]]))
         tensor(True)
     """
-    positive = sums.sum(1) if matrix else sums[2]
-    lacks = (positive <= 0).any()
-    return lacks if task == "multiclass" else lacks | (positive >= sums[3]).any()
+    positive = sums.sum(-1) if matrix else sums[..., 2, :]
+    lacks = (positive <= 0).any(-1)
+    return lacks if task == "multiclass" else lacks | (positive >= sums[..., 3, :]).any(-1)

@@ -167,6 +167,8 @@ def score(
     if average == "micro":
         counts = Counts(*(part.sum(0, keepdim=True) for part in counts))
     value, defined = _function(metric, task, beta)(counts)
+    if len(value) == 1:  # nothing to average; undefined values are 0
+        return value[0]
     if average == "weighted" and task != "binary":
         support = counts.tp + counts.fn
         return _ratio((support * value).sum(), support.sum()).value
