@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import data as lightning_loaders
 from torch.utils.data import BatchSampler, DataLoader
 
 torch.set_num_threads(1)  # `make test` runs one worker a core
@@ -45,10 +46,16 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def _take_back(cls: type) -> None:
-    """Undoes what Lightning patches while a hook makes loaders, and leaves behind if the hook raises."""
+    """Undoes what Lightning patches while a hook makes loaders, and leaves behind if the hook raises.
+
+    A second fit after that patches what is patched already, and takes back only its own.
+    """
     for name in ("__init__", "__setattr__", "__delattr__"):
+        own = vars(cls).get(name)
+        while getattr(getattr(own, "__code__", None), "co_filename", None) == lightning_loaders.__file__:
+            own = own.__wrapped__  # type: ignore[union-attr]
+            setattr(cls, name, own)
         if f"__old{name}" in vars(cls):
-            setattr(cls, name, vars(cls)[f"__old{name}"])
             delattr(cls, f"__old{name}")
     for below in cls.__subclasses__():
         _take_back(below)
