@@ -10,7 +10,14 @@ from typing_extensions import override
 from lightning_hpo.functional.objectives.anyloss import soft_counts, soft_sums
 from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems, surrogate_problems
 from lightning_hpo.functional.objectives.anyloss_inputs import arrange, suspicion, value_problems
-from lightning_hpo.functional.objectives.anyloss_metrics import Average, CountsMetric, MetricName, Task, score
+from lightning_hpo.functional.objectives.anyloss_metrics import (
+    FROM_MATRIX,
+    Average,
+    CountsMetric,
+    MetricName,
+    Task,
+    score,
+)
 from lightning_hpo.functional.objectives.anyloss_surrogates import Surrogate, SurrogateName
 
 __all__ = ["SoftConfusionMatrix"]
@@ -112,7 +119,7 @@ class SoftConfusionMatrix(Metric):
         if problems := metric_problems(metric, self.task, average, beta):
             raise ValueError(f"`SoftConfusionMatrix`: {'; '.join(problems)}.")
         with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
-            whole = self.task == "multiclass" and metric in ("mcc", "kappa")
+            whole = self.task == "multiclass" and metric in FROM_MATRIX
             return score(self.sums if whole else self._rows(), metric, self.task, average, beta)
 
     def _rows(self) -> Tensor:

@@ -198,7 +198,7 @@ def group_sparsity(membership: Tensor) -> Tensor:
         >>> group_sparsity(torch.eye(4)), group_sparsity(torch.full((4, 4), 0.25))
         (tensor(4.), tensor(2.))
     """
-    return (membership.square().sum(0) + _TINY).sqrt().sum()
+    return _of_nodes(membership).sparsity()
 
 
 def effective_communities(membership: Tensor) -> Tensor:
@@ -236,9 +236,11 @@ def balance(membership: Tensor, communities: int | None = None) -> Tensor:
         >>> balance(torch.eye(4)), balance(torch.eye(4)[[0, 0, 0, 0]])
         (tensor(0.), tensor(1.))
     """
-    nodes, columns = membership.shape
-    root = (columns if communities is None else communities) ** 0.5
-    return root / nodes * (membership.sum(0).square().sum() + _TINY).sqrt() - 1
+    return _of_nodes(membership).balance(membership.shape[1] if communities is None else communities)
+
+
+def _of_nodes(membership: Tensor) -> CommunitySums:
+    return community_sums(membership, torch.empty(2, 0, dtype=torch.long, device=membership.device))
 
 
 def row_entropy(membership: Tensor) -> Tensor:

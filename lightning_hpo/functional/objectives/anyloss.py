@@ -172,7 +172,7 @@ def soft_counts(sums: Tensor) -> Tensor:
     """True and false positives and negatives from sums.
 
     Args:
-        sums: ``(4, K)`` or ``(C, C)``, of :func:`soft_sums`.
+        sums: Rows of :func:`soft_sums`, ``(4, K)``.
 
     Returns:
         Rows of true positives, false positives, false negatives and true negatives, ``(4, K)``.
