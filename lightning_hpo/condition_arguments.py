@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec
 from lightning_hpo.nn.mip_hypernetworks import Hypernetized
 
@@ -36,10 +37,10 @@ def argument_problems(of: Any) -> list[str]:
     listed = isinstance(of.grid, (list, tuple)) and bool(of.grid) and all(isinstance(at, Mapping) for at in of.grid)
     checks = {
         f"sampling must be 'stratified' or 'uniform', got {of.sampling!r}": of.sampling in ("stratified", "uniform"),
-        f"grid must be an integer of at least 0, or a list of conditions, got {of.grid!r}": _whole(of.grid) or listed,
+        f"grid must be an integer of at least 0, or a list of conditions, got {of.grid!r}": is_whole(of.grid) or listed,
         f"condition must be values by name, got {of.condition!r}": of.condition is None
         or isinstance(of.condition, Mapping),
-        f"refine_steps must be an integer of at least 0, got {of.refine_steps!r}": _whole(of.refine_steps),
+        f"refine_steps must be an integer of at least 0, got {of.refine_steps!r}": is_whole(of.refine_steps),
         "refine_steps needs a grid to begin from": not of.refine_steps or bool(of.grid),
         f"lr must be above 0 and at most 1, got {of.lr!r}": isinstance(of.lr, (int, float)) and 0 < of.lr <= 1,
         "val_dataloader is what the choice is refined on; give refine_steps, too": of.val_dataloader is None
@@ -48,7 +49,7 @@ def argument_problems(of: Any) -> list[str]:
         or isinstance(of.val_loss, str)
         or callable(of.val_loss),
         "val_loss scores the grid; give one": of.val_loss is None or bool(of.grid),
-        f"seed must be an integer from 0 to 2**31 - 1, got {of.seed!r}": _whole(of.seed) and of.seed < 2**31,
+        f"seed must be an integer from 0 to 2**31 - 1, got {of.seed!r}": is_whole(of.seed) and of.seed < 2**31,
     }
     return [problem for problem, holds in checks.items() if not holds]
 
@@ -148,7 +149,3 @@ def _encoded(spec: ConditionSpec, values: Mapping[str, float], where: str, probl
         problems.append(f"in `{where}`, one number is needed for each name, got {dict(values)}.")
         return None
     return gamma
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

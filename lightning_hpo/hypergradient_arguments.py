@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.bilevel.estimators import ESTIMATORS
 from lightning_hpo.tuned_optimizer import tuning_problems
 
@@ -63,8 +64,8 @@ def argument_problems(
     checks = {
         f"estimator must be 'auto' or one of {sorted(ESTIMATORS)}, got {estimator!r}": estimator == "auto"
         or estimator in ESTIMATORS,
-        f"every_n_steps must be a positive integer, got {every_n_steps!r}": _whole(every_n_steps, 1),
-        f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}": _whole(warmup_steps, 0),
+        f"every_n_steps must be a positive integer, got {every_n_steps!r}": is_whole(every_n_steps, 1),
+        f"warmup_steps must be an integer of at least 0, got {warmup_steps!r}": is_whole(warmup_steps, 0),
         f"lr must be positive, got {lr!r}": lr > 0,
         f"max_norm must be positive, got {max_norm!r}": max_norm is None or max_norm > 0,
         f"product must be 'auto', 'exact' or 'fd', got {product!r}": product in ("auto", "exact", "fd"),
@@ -83,7 +84,3 @@ def argument_problems(
 def _of_the_way(tune: Sequence[str]) -> list[str]:
     """Settings that change the way of training and not where it ends."""
     return sorted(set(tune) - {"weight_decay"})
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_hpo.functional.arguments import is_whole
+
 __all__ = ["argument_problems"]
 
 
@@ -30,17 +32,17 @@ def argument_problems(of: Any) -> list[str]:
     checks = {
         f"mode must be 'delta' or 'stn', got {of.mode!r}": of.mode in ("delta", "stn"),
         f"encoding must be 'cos_sin' or 'identity', got {of.encoding!r}": of.encoding in ("cos_sin", "identity"),
-        f"train_steps must be a positive integer, got {of.train_steps!r}": _whole(of.train_steps, 1),
-        f"valid_steps must be a positive integer, got {of.valid_steps!r}": _whole(of.valid_steps, 1),
-        f"warmup_steps must be an integer of at least 0, got {of.warmup_steps!r}": _whole(of.warmup_steps, 0),
-        f"response_every must be a positive integer, got {of.response_every!r}": _whole(of.response_every, 1),
-        f"response_parts must be a positive integer, got {of.response_parts!r}": _whole(of.response_parts, 1),
+        f"train_steps must be a positive integer, got {of.train_steps!r}": is_whole(of.train_steps, 1),
+        f"valid_steps must be a positive integer, got {of.valid_steps!r}": is_whole(of.valid_steps, 1),
+        f"warmup_steps must be an integer of at least 0, got {of.warmup_steps!r}": is_whole(of.warmup_steps, 0),
+        f"response_every must be a positive integer, got {of.response_every!r}": is_whole(of.response_every, 1),
+        f"response_parts must be a positive integer, got {of.response_parts!r}": is_whole(of.response_parts, 1),
         f"response_every={of.response_every} is for mode='delta'": of.mode == "delta" or of.response_every == 1,
         f"lr must be positive, got {of.lr!r}": _positive(of.lr),
         f"max_change must be positive, got {of.max_change!r}": _positive(of.max_change, math.inf),
         f"entropy_weight must be at least 0, got {of.entropy_weight!r}": of.entropy_weight == 0
         or _positive(of.entropy_weight),
-        f"seed must be an integer of at least 0, got {of.seed!r}": _whole(of.seed, 0),
+        f"seed must be an integer of at least 0, got {of.seed!r}": is_whole(of.seed, 0),
     }
     widths = of.scale.values() if isinstance(of.scale, Mapping) else [of.scale]
     checks[f"scale must be positive, got {of.scale!r}"] = all(map(_positive, widths))
@@ -49,7 +51,3 @@ def argument_problems(of: Any) -> list[str]:
 
 def _positive(value: object, most: float = math.nextafter(math.inf, 0)) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

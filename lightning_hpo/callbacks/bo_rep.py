@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.bilevel.adjoint_watch import Watch
 from lightning_hpo.functional.bilevel.outer_gradient import OuterGradient, largest_curvature, outer_gradient
 from lightning_hpo.functional.bilevel.problem import Problem, Tensors, UnreachedError
@@ -122,8 +123,8 @@ class SingleLoopHypergradient(MethodCallback):
         )
         checks = {
             f"z_lr must be positive, got {z_lr!r}": 0 < z_lr < float("inf"),
-            f"every_n_steps must be a positive integer, got {every_n_steps!r}": _whole(every_n_steps, 1),
-            f"refine_steps must be an integer of at least 0, got {refine_steps!r}": _whole(refine_steps, 0),
+            f"every_n_steps must be a positive integer, got {every_n_steps!r}": is_whole(every_n_steps, 1),
+            f"refine_steps must be an integer of at least 0, got {refine_steps!r}": is_whole(refine_steps, 0),
             f"product must be 'auto', 'exact' or 'fd', got {product!r}": product in ("auto", "exact", "fd"),
         }
         problems = momentum_problems(lr, momentum, normalize, min_norm)
@@ -315,7 +316,3 @@ class SingleLoopHypergradient(MethodCallback):
             self._outer.release()
         self.held_out.detach()
         self._losses, self._window = None, []
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

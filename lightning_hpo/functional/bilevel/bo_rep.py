@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.bilevel.epoch_sgd import epoch_sgd, projected_sgd
 from lightning_hpo.functional.bilevel.outer_gradient import OuterGradient, Solver, largest_curvature, outer_gradient
 from lightning_hpo.functional.bilevel.problem import Problem, Tensors, identity, scalar, wide_dtype
@@ -100,11 +101,11 @@ class SingleLoopBilevel:
         checks = {
             f"inner_lr must be positive, got {self.inner_lr!r}": 0 < self.inner_lr < inf,
             f"z_lr must be positive, got {self.z_lr!r}": 0 < self.z_lr < inf,
-            f"interval must be an integer of at least 1, got {self.interval!r}": _whole(self.interval, 1),
-            f"inner_steps must be an integer of at least 0, got {self.inner_steps!r}": _whole(self.inner_steps, 0),
+            f"interval must be an integer of at least 1, got {self.interval!r}": is_whole(self.interval, 1),
+            f"inner_steps must be an integer of at least 0, got {self.inner_steps!r}": is_whole(self.inner_steps, 0),
             f"radius must be positive, got {self.radius!r}": self.radius > 0,
             f"solver must be 'step' or 'neumann', got {self.solver!r}": self.solver in ("step", "neumann"),
-            f"neumann_steps must be an integer of at least 0, got {self.neumann_steps!r}": _whole(
+            f"neumann_steps must be an integer of at least 0, got {self.neumann_steps!r}": is_whole(
                 self.neumann_steps, 0
             ),
             f"product must be 'exact' or 'fd', got {self.product!r}": self.product in ("exact", "fd"),
@@ -278,7 +279,3 @@ class SingleLoopBilevel:
             return layout.unravel(mean)
 
         return gradient
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
