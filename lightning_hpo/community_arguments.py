@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.nn.dag import encoder_problems
 
 __all__ = ["argument_problems"]
@@ -44,8 +45,7 @@ def argument_problems(chosen: Mapping[str, Any]) -> list[str]:
 
 def _whole(chosen: Mapping[str, Any], name: str, least: int) -> str | None:
     value = chosen[name]
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    return None if fine else f"{name} must be an integer of at least {least}, got {value!r}"
+    return None if is_whole(value, least) else f"{name} must be an integer of at least {least}, got {value!r}"
 
 
 def _between(chosen: Mapping[str, Any], name: str, low: float, high: float, inclusive: bool) -> str | None:

@@ -18,6 +18,7 @@ from lightning_hpo.accumulation import AccumulationWindow
 from lightning_hpo.batch_controller import PATIENCE, BatchController
 from lightning_hpo.batch_source import AccumulatedBatches, BatchSource, LoaderBatches, source_problems
 from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.batching.learning_rate import AdaScale, LearningRateRule, default_rule
 from lightning_hpo.functional.batching.plan import BatchPlan
 from lightning_hpo.functional.batching.policies import NormTest, Policy
@@ -485,4 +486,4 @@ class AdaptiveBatchSize(MethodCallback):
 
 
 def _positive_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    return value is None or is_whole(value, 1)

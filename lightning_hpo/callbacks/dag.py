@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums, node_degree
 from lightning_hpo.functional.graphs.pruning import PartitionSums, keep_communities, partition_sums
 
@@ -56,7 +57,7 @@ class CommunityPruning(MethodCallback):
         problems = [
             f"{name} must be an integer of at least {least}, got {value!r}"
             for name, value, least in (("warmup", warmup, 0), ("every", every, 1))
-            if isinstance(value, bool) or not isinstance(value, int) or value < least
+            if not is_whole(value, least)
         ]
         if min_size is not None and not 0 < min_size < math.inf:
             problems.append(f"min_size must be positive, got {min_size!r}")

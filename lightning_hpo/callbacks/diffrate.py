@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
 from lightning_hpo.frozen import FrozenModule
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.compression.budget import parse_budget
 from lightning_hpo.functional.compression.diffrate import candidate_counts, kept_tokens
 from lightning_hpo.functional.compression.rates import RateLayout
@@ -124,13 +125,13 @@ class TokenCompression(MethodCallback):
 
     def _argument_problems(self) -> list[str]:
         checks = {
-            f"granularity must be a positive integer, got {self.granularity!r}": _positive_integer(self.granularity),
+            f"granularity must be a positive integer, got {self.granularity!r}": is_whole(self.granularity, 1),
             f"lr must be positive, got {self.lr!r}": self.lr > 0,
             f"min_lr must lie between 0 and lr, got {self.min_lr!r}": 0 <= self.min_lr <= self.lr,
             f"macs_weight must be positive, got {self.macs_weight!r}": self.macs_weight > 0,
             f"macs_loss must be 'relative' or 'absolute', got {self.macs_loss!r}": self.macs_loss in _WEIGHT,
             f"total_steps must be a positive integer, got {self.total_steps!r}": self.total_steps is None
-            or _positive_integer(self.total_steps),
+            or is_whole(self.total_steps, 1),
             f"importance must be 'class' or 'mean', got {self.importance!r}": self.importance
             in (None, "class", "mean"),
             f"matching must be 'features', 'keys' or 'bipartite', got {self.matching!r}": self.matching
@@ -389,7 +390,3 @@ class TokenCompression(MethodCallback):
 
     def _budget(self, full: float) -> float:
         return self.fraction * full if self.fraction is not None else cast(float, self.macs)
-
-
-def _positive_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.batching.micro_batch import largest_fitting
 
 __all__ = ["MicroBatchFinder"]
@@ -80,11 +81,11 @@ class MicroBatchFinder(MethodCallback):
     ) -> None:
         super().__init__()
         checks = {
-            f"start must be a positive integer, got {start!r}": _counts(start),
+            f"start must be a positive integer, got {start!r}": is_whole(start, 1),
             f"max_size must be an integer of at least start, got {max_size!r}": max_size is None
-            or (_counts(max_size) and max_size >= start),
+            or (is_whole(max_size, 1) and max_size >= start),
             f"margin must be at least 0 and below 1, got {margin!r}": 0 <= margin < 1,
-            f"steps_per_trial must be a positive integer, got {steps_per_trial!r}": _counts(steps_per_trial),
+            f"steps_per_trial must be a positive integer, got {steps_per_trial!r}": is_whole(steps_per_trial, 1),
         }
         if problems := [problem for problem, fine in checks.items() if not fine]:
             raise ValueError(f"`MicroBatchFinder`: {'; '.join(problems)}.")
@@ -296,7 +297,3 @@ def _state_bytes(optimizer: Optimizer) -> int:
 def _out_of_memory(error: BaseException) -> bool:
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_oom_error(error)
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in _FAILED_ALLOCATIONS))
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GATConv
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.graphs.dag import group_sparsity
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
 
@@ -36,9 +37,7 @@ def encoder_problems(
     """
     sizes = {"in_channels": in_channels, "hidden_channels": hidden_channels, "heads": heads, "num_layers": num_layers}
     problems = [
-        f"{name} must be a positive integer, got {value!r}"
-        for name, value in sizes.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+        f"{name} must be a positive integer, got {value!r}" for name, value in sizes.items() if not is_whole(value, 1)
     ]
     if not problems and hidden_channels % heads:
         problems.append(f"hidden_channels must be a multiple of heads, got {hidden_channels} and {heads}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.bilevel.conditioning import ConditionEncoding, encode_condition
 
 __all__ = ["HyperNetwork"]
@@ -74,12 +75,12 @@ class HyperNetwork(nn.Module):
             raise TypeError(f"hidden must be a sequence of sizes, got {hidden!r}")
         checks = {
             "there is nothing to predict": bool(targets),
-            f"conditions must be a positive integer, got {conditions!r}": _positive(conditions),
-            f"hidden sizes must be positive integers, got {tuple(hidden)}": all(map(_positive, hidden)),
+            f"conditions must be a positive integer, got {conditions!r}": is_whole(conditions, 1),
+            f"hidden sizes must be positive integers, got {tuple(hidden)}": all(is_whole(size, 1) for size in hidden),
             f"encoding must be 'cos_sin', 'complement' or 'none', got {encoding!r}": encoding
             in ("cos_sin", "complement", "none"),
             f"delta_init must be 'fan_out' or 'zeros', got {delta_init!r}": delta_init in ("fan_out", "zeros"),
-            f"rank must be a positive integer, got {rank!r}": rank is None or _positive(rank),
+            f"rank must be a positive integer, got {rank!r}": rank is None or is_whole(rank, 1),
         }
         if problems := [problem for problem, holds in checks.items() if not holds]:
             raise ValueError("; ".join(problems))
@@ -189,10 +190,6 @@ def _free_memory() -> int | None:
     except OSError:  # not a Linux
         return None
     return None if found is None else int(found[1]) * 1024
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _key(name: str) -> str:

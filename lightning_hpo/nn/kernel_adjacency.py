@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.nn.setting import Setting, current, setting_problems
 
 __all__ = ["Edges", "KernelAdjacency", "second_singular_value"]
@@ -83,10 +84,10 @@ class KernelAdjacency(nn.Module):
         distances = kind in ("rbf", "exponential")
         checks = {
             f"kind must be one of {', '.join(KERNELS)}, got {kind!r}": kind in KERNELS,
-            f"degree must be a positive integer, got {degree!r}": _positive(degree),
+            f"degree must be a positive integer, got {degree!r}": is_whole(degree, 1),
             f"normalize must be 'row' or 'sym', got {normalize!r}": normalize in ("row", "sym"),
             f"neighbors must be a positive integer or None, got {neighbors!r}": neighbors is None
-            or _positive(neighbors),
+            or is_whole(neighbors, 1),
             f"similarity must be 'cosine', 'shifted_cosine' or 'given', got {similarity!r}": similarity
             in ("cosine", "shifted_cosine", "given"),
             f"{kind!r} is a function of distances of features, so similarity cannot be 'given'": not (
@@ -268,7 +269,3 @@ def _require_similarities(closeness: Tensor) -> None:
             f"similarities must lie between 0 and 1, got {low.item():.3g} to {high.item():.3g}; for cosines that may "
             "be negative use similarity='shifted_cosine', which is (1 + cos) / 2"
         )
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.bilevel.condition_spec import ConditionSpec
 from lightning_hpo.nn.hyper_network import HyperNetwork
 
@@ -183,7 +184,7 @@ def hypernetize(
 
 
 def _numbered(conditions: int) -> ConditionSpec:
-    if not isinstance(conditions, int) or isinstance(conditions, bool) or conditions < 1:
+    if not is_whole(conditions, 1):
         raise ValueError(f"conditions must be a positive integer or a `ConditionSpec`, got {conditions!r}")
     spec = ConditionSpec()
     for number in range(conditions):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import KW_ONLY, dataclass
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.batching.adadagrad import GradientStatistics
 from lightning_hpo.functional.batching.policy import Policy, check_arguments
 
@@ -42,8 +43,8 @@ class StageWise(Policy):
             self,
             {
                 f"sizes must be positive integers, at least one, got {self.sizes!r}": len(self.sizes) > 0
-                and all(map(_counts, self.sizes)),
-                f"samples must be a positive integer, got {self.samples!r}": _counts(self.samples),
+                and all(is_whole(size, 1) for size in self.sizes),
+                f"samples must be a positive integer, got {self.samples!r}": is_whole(self.samples, 1),
             },
         )
 
@@ -86,7 +87,7 @@ class LinearRamp(Policy):
 
     def __post_init__(self) -> None:
         arguments = (("increment", self.increment), ("every", self.every), ("start", self.start))
-        check_arguments(self, {f"{n} must be a positive integer, got {v!r}": _counts(v) for n, v in arguments})
+        check_arguments(self, {f"{n} must be a positive integer, got {v!r}": is_whole(v, 1) for n, v in arguments})
 
     def __call__(self, statistics: GradientStatistics) -> float:
         """The batch size of the stage."""
@@ -94,7 +95,3 @@ class LinearRamp(Policy):
         linear, seen = 2 * self.start - self.increment, int(statistics.samples) // self.every
         stage = (math.isqrt(linear**2 + 8 * self.increment * seen) - linear) // (2 * self.increment)
         return float(self.start + self.increment * stage)
-
-
-def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

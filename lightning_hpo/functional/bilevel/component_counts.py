@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
+from lightning_hpo.functional.arguments import is_whole
+
 __all__ = ["log2_components_activation", "log2_components_gcn", "log_components", "log_sign_vectors"]
 
 
@@ -191,9 +193,7 @@ def _with_classes(
 
 def _require_positive(problems: Sequence[str] = (), **values: int) -> None:
     wrong = [
-        f"{name} must be a positive integer, got {value!r}"
-        for name, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1
+        f"{name} must be a positive integer, got {value!r}" for name, value in values.items() if not is_whole(value, 1)
     ]
     if wrong or problems:
         raise ValueError("; ".join([*problems, *wrong]))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_hpo.functional.arguments import is_whole
+
 __all__ = ["Condition"]
 
 
@@ -42,8 +44,7 @@ class Condition:
         checks = {
             f"a range must be finite with low < high, got {self.low!r} and {self.high!r}": ordered,
             f"a range on the logarithm must lie above 0, got low={self.low!r}": not self.log or self.low > 0,
-            f"categories must be an integer of at least 2, got {count!r}": count is None
-            or (isinstance(count, int) and not isinstance(count, bool) and count > 1),
+            f"categories must be an integer of at least 2, got {count!r}": count is None or is_whole(count, 2),
             "categories have no range": count is None or (self.low, self.high, self.log) == (0.0, 1.0, False),
         }
         if problems := [problem for problem, holds in checks.items() if not holds]:

@@ -122,11 +122,6 @@ def _bell(p: Tensor) -> Tensor:
 
 def _margins(values: Tensor) -> Tensor:
     """What each class is ahead of the best of the others."""
-    (first, second), best = _two_largest(values)
-    others = torch.where(torch.arange(values.shape[1], device=values.device) == best, second, first)
-    return values - others
-
-
-def _two_largest(values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     top, index = values.topk(2, dim=1)
-    return (top[:, :1], top[:, 1:]), index[:, :1]
+    is_best = torch.arange(values.shape[1], device=values.device) == index[:, :1]
+    return values - torch.where(is_best, top[:, 1:], top[:, :1])
