@@ -65,17 +65,26 @@ def draw_steps(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_rules(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy of the learning rate rules on the digits, under the same policy, beside a constant 64."""
-    rules = ["constant 64", "none", "sqrt", "linear", "AdaScale", "AdaScale, power 0.5"]
+    """Accuracy of the learning rate rules on the digits, under the same policy, beside a constant 64 and the defaults.
+
+    A bar ends at the median, a dot is a seed; those below the axis are counted.
+    """
+    rules = ["constant 64", "defaults", "none", "sqrt", "linear", "AdaScale", "AdaScale, power 0.5"]
+    least, most = 88, 99
     names = list(dict.fromkeys(row["optimizer"] for row in table))
     figure, panels = _panels(1, len(names))
     for panel, name in zip(panels[0], names, strict=True):
         rows = {row["method"]: row for row in table if row["optimizer"] == name}
         shown = [rows[rule] for rule in rules if rule in rows]
         labels = [f"{row['method']}\n{row['steps']} steps" for row in shown]
-        panel.barh(labels, [row["accuracy"] for row in shown], xerr=[row["spread"] for row in shown], capsize=2)
+        panel.barh(labels, [row["accuracy_median"] for row in shown], alpha=0.6)
+        for place, row in enumerate(shown):
+            seen = [value for value in row["accuracies"] if value >= least]
+            panel.plot(seen, [place] * len(seen), "k.", markersize=3)
+            if below := len(row["accuracies"]) - len(seen):
+                panel.text(least + 0.2, place, f"{below} below", fontsize=7, va="center")
         panel.invert_yaxis()
-        panel.set(title=name, xlabel="validation accuracy in %", xlim=(88, 99))
+        panel.set(title=name, xlabel="validation accuracy in %", xlim=(least, most))
         panel.tick_params(labelsize=7)
     _save(figure, path)
 

@@ -12,7 +12,6 @@ import torch
 from common import console
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -60,13 +59,12 @@ class Data:
         return nn.Sequential(nn.Linear(self.train.inputs.shape[1], self.width), nn.ReLU(), nn.Linear(self.width, 10))
 
 
-def digits(seed: int) -> Data:
-    """scikit-learn's digits, 1437 for training and 360 for validation."""
-    images, labels = load_digits(return_X_y=True)
-    parts = train_test_split(images / 16, labels, test_size=360, random_state=seed, stratify=labels)
-    x_train, x_test = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])
-    y_train, y_test = (torch.tensor(part, dtype=torch.long) for part in parts[2:])
-    return Data(Held(x_train, y_train), Held(x_test, y_test), width=64, epochs=40, target=0.95, every=1437)
+def digits(epochs: int = 40) -> Data:
+    """scikit-learn's digits, 1437 for training and 360 for validation: always the same ones."""
+    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = (Held(images[part].float() / 16, labels[part]) for part in (order[:1437], order[1437:]))
+    return Data(train, test, width=64, epochs=epochs, target=0.95, every=1437)
 
 
 def mnist() -> Data:
