@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` below is what 
     from lightning_hpo.losses.soft_confusion_matrix import SoftConfusionMatrix
     from lightning_hpo.metrics.dag import ClusteringAccuracy, SoftModularity
     from lightning_hpo.models.adadagrad import AdaptiveBatchSizeMixin
+    from lightning_hpo.models.anyloss import MetricObjectiveMixin
     from lightning_hpo.models.bo_rep import DataHyperCleaning, SingleLoopMixin
     from lightning_hpo.models.dag import DAGCommunityDetector
     from lightning_hpo.models.diffrate import TokenCompressionMixin
@@ -106,6 +107,7 @@ __all__ = [
     "MAIDModule",
     "MethodCallback",
     "MetricObjective",
+    "MetricObjectiveMixin",
     "MicroBatchFinder",
     "NoScaling",
     "NoiseScale",
@@ -173,6 +175,7 @@ _HOME = {
     "MAIDModule": "models.maid",
     "MethodCallback": "callbacks.base",
     "MetricObjective": "callbacks.anyloss",
+    "MetricObjectiveMixin": "models.anyloss",
     "MicroBatchFinder": "callbacks.micro_batch",
     "NoScaling": "functional.batching.learning_rate",
     "NoiseScale": "functional.batching.policies",

@@ -1,7 +1,7 @@
 """What every method's callback shares: state, guards, log prefix and the step of its own optimizer."""
 
 import ast
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -15,7 +15,24 @@ from lightning_hpo.held_out import HeldOutBatches
 from lightning_hpo.state import restored, saved
 from lightning_hpo.validation_loader import validation_loader
 
-__all__ = ["MethodCallback"]
+__all__ = ["MethodCallback", "added"]
+
+
+def added(own: Sequence[Callback] | Callback, callback: Callback) -> list[Callback]:
+    """What a mixin's ``configure_callbacks`` returns.
+
+    Args:
+        own: What the module's own returned.
+        callback: That of the mixin.
+
+    Returns:
+        All of them.
+
+    Example:
+        >>> len(added([], Callback())), len(added(Callback(), Callback()))
+        (1, 2)
+    """
+    return [*(own if isinstance(own, Sequence) else [own]), callback]
 
 
 class MethodCallback(Callback):

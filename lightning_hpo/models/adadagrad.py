@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from lightning_hpo.callbacks.adadagrad import AdaptiveBatchSize
+from lightning_hpo.callbacks.base import added
 from lightning_hpo.functional.batching.policies import NormTest
 from lightning_hpo.functional.batching.policy import Policy
 
@@ -42,6 +43,5 @@ class AdaptiveBatchSizeMixin:
 
     def configure_callbacks(self) -> list[Callback]:
         """The module's own callbacks and this one."""
-        own = super().configure_callbacks()  # type: ignore[misc]
         arguments = {"policy": self.batch_size_policy(), **self._batch_size_args}
-        return [*(own if isinstance(own, (list, tuple)) else [own]), AdaptiveBatchSize(**arguments)]
+        return added(super().configure_callbacks(), AdaptiveBatchSize(**arguments))  # type: ignore[misc]

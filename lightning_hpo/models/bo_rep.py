@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_hpo.callbacks.base import added
 from lightning_hpo.callbacks.bo_rep import SingleLoopHypergradient
 from lightning_hpo.functional.bilevel.weight_auc import weight_auc
 from lightning_hpo.hyper import HyperparameterSet, UnitInterval
@@ -77,9 +78,7 @@ class SingleLoopMixin:
 
     def configure_callbacks(self) -> list[Callback]:
         """The module's own callbacks and this one."""
-        own = super().configure_callbacks()  # type: ignore[misc]
-        own = [*own] if isinstance(own, (list, tuple)) else [own]
-        return [*own, SingleLoopHypergradient(**self._single_loop_args)]
+        return added(super().configure_callbacks(), SingleLoopHypergradient(**self._single_loop_args))  # type: ignore[misc]
 
 
 class DataHyperCleaning(SingleLoopMixin, LightningModule):

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from lightning_hpo.callbacks.base import added
 from lightning_hpo.callbacks.diffrate import TokenCompression
 
 __all__ = ["TokenCompressionMixin"]
@@ -39,5 +40,4 @@ class TokenCompressionMixin:
 
     def configure_callbacks(self) -> list[Callback]:
         """The module's own callbacks and this one."""
-        own = super().configure_callbacks()  # type: ignore[misc]
-        return [*(own if isinstance(own, (list, tuple)) else [own]), TokenCompression(**self._compression)]
+        return added(super().configure_callbacks(), TokenCompression(**self._compression))  # type: ignore[misc]

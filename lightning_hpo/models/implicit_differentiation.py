@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_hpo.callbacks.base import added
 from lightning_hpo.callbacks.implicit_differentiation import Hypergradient
 
 __all__ = ["BilevelMixin"]
@@ -65,5 +66,4 @@ class BilevelMixin:
 
     def configure_callbacks(self) -> list[Callback]:
         """The module's own callbacks and this one."""
-        own = super().configure_callbacks()  # type: ignore[misc]
-        return [*(own if isinstance(own, (list, tuple)) else [own]), Hypergradient(**self._hypergradient_args)]
+        return added(super().configure_callbacks(), Hypergradient(**self._hypergradient_args))  # type: ignore[misc]

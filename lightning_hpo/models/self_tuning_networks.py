@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from lightning_hpo.callbacks.base import added
 from lightning_hpo.callbacks.self_tuning_networks import SelfTuning
 
 __all__ = ["SelfTuningMixin"]
@@ -38,5 +39,4 @@ class SelfTuningMixin:
 
     def configure_callbacks(self) -> list[Callback]:
         """The module's own callbacks and this one."""
-        own = super().configure_callbacks()  # type: ignore[misc]
-        return [*(own if isinstance(own, (list, tuple)) else [own]), SelfTuning(**self._self_tuning_args)]
+        return added(super().configure_callbacks(), SelfTuning(**self._self_tuning_args))  # type: ignore[misc]
