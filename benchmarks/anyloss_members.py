@@ -6,16 +6,14 @@ gradient divided by the number of seeds, which Adam does not notice.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_hpo.demos import ImbalancedDataModule
-
-__all__ = ["Members", "fit_members"]
+__all__ = ["Members", "Table", "fit_members"]
 
 FEWEST = 500  # steps of a run
 
@@ -63,11 +61,20 @@ class Members(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
+class Table(Protocol):
+    """What a member is trained on."""
+
+    train_set: TensorDataset
+    batch_size: int
+    seed: int
+
+
 def fit_members(
-    parts: Sequence[ImbalancedDataModule], quick: bool, *callbacks: Callback, criterion: nn.Module | None = None
+    parts: Sequence[Table], quick: bool, *callbacks: Callback, criterion: nn.Module | None = None
 ) -> Members:
-    """Trains a member on each table, for at least 20 epochs and 500 steps."""
-    features, targets = (torch.stack([_shuffled(data)[k] for data in parts], 1) for k in (0, 1))
+    """Trains a member on each table, for at least 20 epochs and 500 steps; of each as much as the shortest has."""
+    length = min(len(data.train_set) for data in parts)
+    features, targets = (torch.stack([_shuffled(data)[k][:length] for data in parts], 1) for k in (0, 1))
     batch_size, seeds = parts[0].batch_size, [data.seed for data in parts]
     module = Members(features.shape[2], seeds, criterion=criterion)
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +92,7 @@ def fit_members(
     return module
 
 
-def _shuffled(data: ImbalancedDataModule) -> tuple[Tensor, Tensor]:
+def _shuffled(data: Table) -> tuple[Tensor, Tensor]:
     """Training samples in an order of the seed's own, so that members do not see the same batches."""
     features, targets = data.train_set.tensors
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(data.seed))

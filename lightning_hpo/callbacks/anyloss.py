@@ -47,7 +47,8 @@ class MetricObjective(MethodCallback):
         beta: Weight of recall in ``"fbeta"``.
         average: How classes or labels become one number.
         surrogate: The soft decision.
-        amplification: :math:`L` at the end; 10 for ``"anyloss"``, 1 for ``"sigmoid"``.
+        amplification: :math:`L` at the end; 10 for ``"anyloss"``, 20 where it trains on accuracy, whose soft form leans
+            to the frequent class otherwise; 1 for ``"sigmoid"``.
         amplification_start: :math:`L` at first; half of that at the end by default.
         threshold: Where the decision falls.
         warmup: Share of the training steps with the criterion's loss alone.
@@ -102,7 +103,7 @@ class MetricObjective(MethodCallback):
         super().__init__()
         self.metric, self.task, self.criterion, self.beta, self.average = metric, task, criterion, beta, average
         self.surrogate, self.amplification_start = surrogate, amplification_start
-        self.amplification = _STEEP.get(surrogate) if amplification is None else amplification
+        self.amplification = _steepness(surrogate, metric) if amplification is None else amplification
         self.threshold, self.warmup, self.anneal, self.mix, self.running = threshold, warmup, anneal, mix, running
         self.calibrate, self.total_steps = calibrate, total_steps
         problems = self._argument_problems()
@@ -309,3 +310,7 @@ class MetricObjective(MethodCallback):
         if self._call is not None:
             self._call.release()
         self._call, self._phase = None, ""
+
+
+def _steepness(surrogate: SurrogateName, metric: MetricName | CountsMetric) -> float | None:
+    return 20.0 if (surrogate, metric) == ("anyloss", "accuracy") else _STEEP.get(surrogate)

@@ -277,3 +277,9 @@ def test_stratified_batches_of_two_ranks_are_those_of_one_process():
 def small():
     torch.manual_seed(0)
     return TabularClassifier(30, hidden=4)
+
+
+def test_the_steepness_follows_surrogate_and_metric():
+    given = [("f1", "anyloss"), ("accuracy", "anyloss"), ("accuracy", "sigmoid"), ("accuracy", "sol-uniform")]
+    assert [MetricObjective(metric, surrogate=kind).amplification for metric, kind in given] == [10.0, 20.0, 1.0, None]
+    assert MetricObjective("accuracy", amplification=7.0).amplification == 7.0
