@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import BaseTransform
@@ -10,7 +11,18 @@ from torch_geometric.utils import coalesce, degree, is_undirected, remove_self_l
 
 from lightning_hpo import distributed
 
-__all__ = ["Graph", "GraphDegree", "graph_of", "graph_problems", "is_clean", "ranks_differ", "undirected"]
+__all__ = [
+    "CheckedGraphs",
+    "Graph",
+    "GraphDegree",
+    "graph_of",
+    "graph_problems",
+    "is_clean",
+    "ranks_differ",
+    "undirected",
+]
+
+_ADVICE = "take them from the structure with `torch_geometric.transforms.LocalDegreeProfile()`"
 
 
 class Graph(NamedTuple):
@@ -41,7 +53,7 @@ class GraphDegree(BaseTransform):
     loader of torch-geometric that cuts a graph into parts. Adds ``graph_degree`` (of nodes) and ``graph_nodes``.
 
     Raises:
-        ValueError: If the graph has no edges.
+        ValueError: If the graph has no edges, or they are not both directions of each, once.
 
     Example:
         >>> data = GraphDegree()(Data(x=torch.eye(3), edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])))
@@ -53,23 +65,29 @@ class GraphDegree(BaseTransform):
         """Adds what parts need.
 
         Args:
-            data: The whole graph, with both directions of every edge.
+            data: The whole graph, with both directions of every edge, each once, and no loops.
 
         Returns:
             The same object.
         """
-        if data.edge_index is None or data.edge_index.numel() == 0:
-            raise ValueError("`GraphDegree`: the graph has no edges")
+        if problems := _edge_problems(data.edge_index, data.num_nodes):
+            raise ValueError(f"`GraphDegree`: {'; '.join(problems)}.")
+        if not all(is_clean(data.edge_index, data.num_nodes)):  # nobody can tell from a part
+            raise ValueError(
+                "`GraphDegree`: edges are directed, repeated or loops; apply `RemoveSelfLoops()` and `ToUndirected()` "
+                "of `torch_geometric.transforms` first."
+            )
         data.graph_degree = degree(data.edge_index[0], data.num_nodes)
         data.graph_nodes = data.num_nodes
         return data
 
 
-def graph_of(batch: Any) -> Graph:
+def graph_of(batch: Any, dtype: torch.dtype | None = None) -> Graph:
     """What a step needs of a batch, as it is.
 
     Args:
         batch: A ``torch_geometric.data.Data``, or a ``Batch`` of them.
+        dtype: Of attributes that are floating-point numbers; their own by default.
 
     Returns:
         Its tensors; nothing is checked.
@@ -86,8 +104,9 @@ def graph_of(batch: Any) -> Graph:
             f"a batch must be a `torch_geometric.data.Data`, got `{type(batch).__name__}`: use "
             "`torch_geometric.loader.DataLoader([data])`, or a loader that samples nodes"
         )
-    nodes = batch.get("graph_nodes")
-    return Graph(batch.x, batch.edge_index, batch.get("graph_degree"), None if nodes is None else int(nodes))
+    x, nodes = batch.x, batch.get("graph_nodes")
+    x = x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+    return Graph(x, batch.edge_index, batch.get("graph_degree"), None if nodes is None else int(nodes))
 
 
 def graph_problems(graph: Graph, in_channels: int, max_communities: int) -> list[str]:
@@ -106,29 +125,31 @@ def graph_problems(graph: Graph, in_channels: int, max_communities: int) -> list
         ['edge_index goes up to 5, but there are 2 nodes']
     """
     x, edges = graph.x, graph.edge_index
-    if x is None or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
-        found = "none" if x is None else f"{tuple(x.shape)} {x.dtype} {x.layout}"
+    if x is None:
+        return [f"there are no attributes `x`; {_ADVICE}"]
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
+        found = f"{tuple(x.shape)} {x.dtype} {x.layout}" if isinstance(x, Tensor) else type(x).__name__
         return [f"attributes `x` must be a dense floating-point matrix (nodes, attributes), got {found}"]
-    problems = _edge_problems(edges, len(x))
+    problems = _edge_problems(edges, len(x), graph.is_part)
     if max_communities > len(x):
         problems.append(f"max_communities must be at most the number of nodes N = {len(x)}, got {max_communities}")
     if x.shape[1] != in_channels:
         problems.append(f"in_channels is {in_channels}, but nodes have {x.shape[1]} attributes")
-    advice = "take them from the structure with `torch_geometric.transforms.LocalDegreeProfile()`"
     if bad := int((~x.isfinite()).any(1).sum()):
-        problems.append(f"attributes are not finite in {bad} of {len(x)} nodes; mend them, or {advice}")
-    elif not x.any():
-        problems.append(f"attributes are all zero in all {len(x)} nodes; {advice}")
+        problems.append(f"attributes are not finite in {bad} of {len(x)} nodes; mend them, or {_ADVICE}")
+    elif not x.any() and not graph.is_part:
+        problems.append(f"attributes are all zero in all {len(x)} nodes; {_ADVICE}")
     return problems
 
 
-def _edge_problems(edges: Tensor | None, nodes: int) -> list[str]:
+def _edge_problems(edges: Any, nodes: int, is_part: bool = False) -> list[str]:
     if edges is None:
         return ["there is no `edge_index`"]
-    if edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
-        return [f"edge_index must be whole numbers of shape (2, edges), got {tuple(edges.shape)} {edges.dtype}"]
-    if not edges.shape[1] or bool((edges[0] == edges[1]).all()):
-        return ["the graph has no edges (m = 0): modularity is undefined"]
+    if not isinstance(edges, Tensor) or edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
+        found = f"{tuple(edges.shape)} {edges.dtype}" if isinstance(edges, Tensor) else type(edges).__name__
+        return [f"edge_index must be whole numbers of shape (2, edges), got {found}"]
+    if bool((edges[0] == edges[1]).all()):  # none at all, or loops
+        return [] if is_part else ["the graph has no edges (m = 0): modularity is undefined"]
     if int(edges.max()) >= nodes:
         return [f"edge_index goes up to {int(edges.max())}, but there are {nodes} nodes"]
     return [f"edge_index goes down to {int(edges.min())}"] if int(edges.min()) < 0 else []
@@ -188,3 +209,99 @@ def ranks_differ(graph: Graph) -> bool:
     facts = [graph.edge_index.double().sum(), graph.x.double().sum(), graph.x.new_tensor(len(graph.x)).double()]
     everywhere = distributed.gather(torch.stack(facts))
     return bool((everywhere != everywhere[0]).any())
+
+
+class CheckedGraphs:
+    """Takes the batches of a fit apart. Those of its first epoch are checked, and tell whether later ones need mending.
+
+    Args:
+        in_channels: Number of attributes that there should be.
+        max_communities: Number of communities that there may be.
+        symmetrize: Whether to add missing directions of edges, after a warning; otherwise they are an error.
+
+    Example:
+        >>> graphs = CheckedGraphs(2, 2, symmetrize=True)
+        >>> graphs.take(Data(x=torch.eye(2).double(), edge_index=torch.tensor([[0, 1], [1, 0]])), torch.float32).x.dtype
+        torch.float32
+    """
+
+    sharded = False  # whether ranks hold different parts; known from the first batch on
+
+    def __init__(self, in_channels: int, max_communities: int, symmetrize: bool) -> None:
+        self.in_channels, self.max_communities, self.symmetrize = in_channels, max_communities, symmetrize
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was found out in an earlier fit."""
+        self._first_batch = self._first_epoch = self._clean = True
+        self._said: set[str] = set()
+
+    def end_epoch(self) -> None:
+        """Takes all graphs to be known."""
+        self._first_epoch = False
+
+    def take(self, batch: Any, dtype: torch.dtype) -> Graph:
+        """A batch of the fit, with both directions of every edge, each once, and no loops.
+
+        Args:
+            batch: A graph.
+            dtype: Of attributes.
+
+        Returns:
+            Its tensors.
+
+        Raises:
+            TypeError: If the batch is no graph.
+            ValueError: If the graph is of no use; all reasons are given.
+        """
+        graph = graph_of(batch, dtype)
+        if self._first_epoch:
+            self._refuse(graph_problems(graph, self.in_channels, 0 if graph.is_part else self.max_communities))
+            if batch.get("edge_weight") is not None:
+                self._warn("weights of edges, `edge_weight`, are not used.")
+            # A loader of parts lists the edges that it has drawn, in whatever direction.
+            self._clean = self._clean and (graph.is_part or self._is_clean(graph))
+        if self._first_batch:
+            self.sharded = distributed.world_size() > 1 and (graph.is_part or ranks_differ(graph))
+            self._first_batch = False
+        return graph if self._clean else graph._replace(edge_index=undirected(graph.edge_index, len(graph.x)))
+
+    def whole(self, data: Any, dtype: torch.dtype) -> Graph:
+        """Any graph, whatever was found out about others; with edges like those of :meth:`take`.
+
+        Args:
+            data: A graph.
+            dtype: In which attributes must be finite.
+
+        Returns:
+            Its tensors, with attributes as they are.
+
+        Raises:
+            TypeError: If this is no graph.
+            ValueError: If the graph is of no use; all reasons are given.
+        """
+        graph = graph_of(data)
+        self._refuse(graph_problems(graph_of(data, dtype), self.in_channels, 0))
+        if not graph.is_part:
+            self._is_clean(graph)
+        return Graph(graph.x, undirected(graph.edge_index, len(graph.x)), None, None)
+
+    def _is_clean(self, graph: Graph) -> bool:
+        both_ways, once = is_clean(graph.edge_index, len(graph.x))
+        if not both_ways and not self.symmetrize:
+            self._refuse(["edges are directed; give both directions, or `symmetrize=True`"])
+        if not both_ways:
+            self._warn(
+                "edges are directed; missing directions are added in every step. Apply "
+                "`torch_geometric.transforms.ToUndirected()` once to save the time."
+            )
+        return both_ways and once
+
+    def _refuse(self, problems: list[str]) -> None:
+        if problems:
+            raise ValueError(f"`DAGCommunityDetector`: {'; '.join(problems)}.")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            rank_zero_warn(f"`DAGCommunityDetector`: {text}")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch_geometric.data import Data
 from torch_geometric.loader import RandomNodeLoader
+from torch_geometric.transforms import RemoveSelfLoops, ToUndirected
 
 from lightning_hpo import GraphDegree
-from lightning_hpo.graph_data import graph_of, is_clean, undirected
+from lightning_hpo.graph_data import CheckedGraphs, graph_of, is_clean, undirected
 
 
 def test_parts_carry_degrees_and_size_of_the_whole():
@@ -20,8 +21,10 @@ def test_parts_carry_degrees_and_size_of_the_whole():
 
 
 def test_the_whole_needs_edges():
-    with pytest.raises(ValueError, match="`GraphDegree`: the graph has no edges"):
+    with pytest.raises(ValueError, match="`GraphDegree`: there is no `edge_index`"):
         GraphDegree()(Data(x=torch.eye(2)))
+    with pytest.raises(ValueError, match="`GraphDegree`: the graph has no edges"):
+        GraphDegree()(Data(x=torch.eye(2), edge_index=torch.zeros(2, 0, dtype=torch.long)))
 
 
 @pytest.mark.parametrize(
@@ -43,3 +46,46 @@ def test_mended_edges_are_clean():
     assert is_clean(mended, 9) == (True, True)
     before = {frozenset(pair) for pair in edges.T.tolist() if pair[0] != pair[1]}
     assert {frozenset(pair) for pair in mended.T.tolist()} == before
+
+
+@pytest.mark.parametrize(
+    ("edges", "problem"),
+    [
+        ([[0, 1], [1, 2]], r"directed, repeated or loops; apply `RemoveSelfLoops\(\)` and `ToUndirected\(\)`"),
+        ([[0, 1, 0, 1], [1, 0, 1, 0]], "directed, repeated or loops"),
+        ([[0, 1, 2], [1, 0, 2]], "directed, repeated or loops"),
+        ([[0, 3], [3, 0]], "edge_index goes up to 3, but there are 3 nodes"),
+    ],
+)
+def test_parts_cannot_be_mended_so_the_whole_must_be(edges, problem):
+    data = Data(x=torch.eye(3), edge_index=torch.tensor(edges))
+    with pytest.raises(ValueError, match=problem):
+        GraphDegree()(data)
+
+
+def test_the_advice_mends_the_whole():
+    data = Data(x=torch.eye(3), edge_index=torch.tensor([[0, 0, 1, 2], [1, 1, 2, 2]]))
+    assert GraphDegree()(ToUndirected()(RemoveSelfLoops()(data))).graph_degree.tolist() == [1, 2, 1]
+
+
+def test_all_graphs_of_the_first_epoch_are_checked_and_one_that_needs_it_mends_all():
+    graphs = CheckedGraphs(2, 2, symmetrize=True)
+    clean = Data(x=torch.eye(2), edge_index=torch.tensor([[0, 1], [1, 0]]))
+    half = Data(x=torch.eye(2), edge_index=torch.tensor([[0], [1]]))
+    assert graphs.take(clean, torch.float32).edge_index is clean.edge_index
+    with pytest.warns(UserWarning, match="edges are directed"):
+        assert torch.equal(graphs.take(half, torch.float32).edge_index, clean.edge_index)
+    graphs.end_epoch()
+    assert torch.equal(graphs.take(half, torch.float32).edge_index, clean.edge_index)  # and nothing is said again
+    graphs.take(Data(x=torch.eye(3), edge_index=half.edge_index), torch.float32)  # nor looked at
+    graphs.begin()
+    with pytest.raises(ValueError, match="in_channels is 2, but nodes have 3 attributes"):
+        graphs.take(Data(x=torch.eye(3), edge_index=half.edge_index), torch.float32)
+
+
+def test_weights_of_edges_are_spoken_of_once():
+    graphs = CheckedGraphs(2, 2, symmetrize=True)
+    data = Data(x=torch.eye(2), edge_index=torch.tensor([[0, 1], [1, 0]]), edge_weight=torch.ones(2))
+    with pytest.warns(UserWarning, match="weights of edges, `edge_weight`, are not used"):
+        graphs.take(data, torch.float32)
+    graphs.take(data, torch.float32)

@@ -84,7 +84,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "losses": (TORCH | {"torchmetrics"}, (*L0, "distributed", "criterion_call", "losses")),
     "criterion_call": (TORCH, L0),
     "stratified_sampler": (TORCH, (*L0, "distributed")),
-    "graph_data": (TORCH | {"torch_geometric"}, (*L0, "distributed")),
+    "graph_data": (TORCH | {"lightning", "torch_geometric"}, (*L0, "distributed")),
     "community_arguments": (TORCH, L0),
     "community_result": (TORCH, (*L0, "graph_data")),
     "metrics": (TORCH | {"scipy", "torchmetrics"}, L0),
