@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch_geometric.data import Data
 from torch_geometric.transforms import BaseTransform
@@ -12,7 +11,6 @@ from torch_geometric.utils import coalesce, degree, is_undirected, remove_self_l
 from lightning_hpo import distributed
 
 __all__ = [
-    "CheckedGraphs",
     "Graph",
     "GraphDegree",
     "graph_of",
@@ -86,7 +84,7 @@ def graph_of(batch: Any, dtype: torch.dtype | None = None) -> Graph:
     """What a step needs of a batch, as it is.
 
     Args:
-        batch: A ``torch_geometric.data.Data``, or a ``Batch`` of them.
+        batch: A ``torch_geometric.data.Data``, or a ``Batch`` of them; of parts, those of one graph.
         dtype: Of attributes that are floating-point numbers; their own by default.
 
     Returns:
@@ -106,7 +104,8 @@ def graph_of(batch: Any, dtype: torch.dtype | None = None) -> Graph:
         )
     x, nodes = batch.x, batch.get("graph_nodes")
     x = x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
-    return Graph(x, batch.edge_index, batch.get("graph_degree"), None if nodes is None else int(nodes))
+    nodes = None if nodes is None else int(torch.as_tensor(nodes).flatten()[0])
+    return Graph(x, batch.edge_index, batch.get("graph_degree"), nodes)
 
 
 def graph_problems(graph: Graph, in_channels: int, max_communities: int) -> list[str]:
@@ -209,99 +208,3 @@ def ranks_differ(graph: Graph) -> bool:
     facts = [graph.edge_index.double().sum(), graph.x.double().sum(), graph.x.new_tensor(len(graph.x)).double()]
     everywhere = distributed.gather(torch.stack(facts))
     return bool((everywhere != everywhere[0]).any())
-
-
-class CheckedGraphs:
-    """Takes the batches of a fit apart. Those of its first epoch are checked, and tell whether later ones need mending.
-
-    Args:
-        in_channels: Number of attributes that there should be.
-        max_communities: Number of communities that there may be.
-        symmetrize: Whether to add missing directions of edges, after a warning; otherwise they are an error.
-
-    Example:
-        >>> graphs = CheckedGraphs(2, 2, symmetrize=True)
-        >>> graphs.take(Data(x=torch.eye(2).double(), edge_index=torch.tensor([[0, 1], [1, 0]])), torch.float32).x.dtype
-        torch.float32
-    """
-
-    sharded = False  # whether ranks hold different parts; known from the first batch on
-
-    def __init__(self, in_channels: int, max_communities: int, symmetrize: bool) -> None:
-        self.in_channels, self.max_communities, self.symmetrize = in_channels, max_communities, symmetrize
-        self.begin()
-
-    def begin(self) -> None:
-        """Forgets what was found out in an earlier fit."""
-        self._first_batch = self._first_epoch = self._clean = True
-        self._said: set[str] = set()
-
-    def end_epoch(self) -> None:
-        """Takes all graphs to be known."""
-        self._first_epoch = False
-
-    def take(self, batch: Any, dtype: torch.dtype) -> Graph:
-        """A batch of the fit, with both directions of every edge, each once, and no loops.
-
-        Args:
-            batch: A graph.
-            dtype: Of attributes.
-
-        Returns:
-            Its tensors.
-
-        Raises:
-            TypeError: If the batch is no graph.
-            ValueError: If the graph is of no use; all reasons are given.
-        """
-        graph = graph_of(batch, dtype)
-        if self._first_epoch:
-            self._refuse(graph_problems(graph, self.in_channels, 0 if graph.is_part else self.max_communities))
-            if batch.get("edge_weight") is not None:
-                self._warn("weights of edges, `edge_weight`, are not used.")
-            # A loader of parts lists the edges that it has drawn, in whatever direction.
-            self._clean = self._clean and (graph.is_part or self._is_clean(graph))
-        if self._first_batch:
-            self.sharded = distributed.world_size() > 1 and (graph.is_part or ranks_differ(graph))
-            self._first_batch = False
-        return graph if self._clean else graph._replace(edge_index=undirected(graph.edge_index, len(graph.x)))
-
-    def whole(self, data: Any, dtype: torch.dtype) -> Graph:
-        """Any graph, whatever was found out about others; with edges like those of :meth:`take`.
-
-        Args:
-            data: A graph.
-            dtype: In which attributes must be finite.
-
-        Returns:
-            Its tensors, with attributes as they are.
-
-        Raises:
-            TypeError: If this is no graph.
-            ValueError: If the graph is of no use; all reasons are given.
-        """
-        graph = graph_of(data)
-        self._refuse(graph_problems(graph_of(data, dtype), self.in_channels, 0))
-        if not graph.is_part:
-            self._is_clean(graph)
-        return Graph(graph.x, undirected(graph.edge_index, len(graph.x)), None, None)
-
-    def _is_clean(self, graph: Graph) -> bool:
-        both_ways, once = is_clean(graph.edge_index, len(graph.x))
-        if not both_ways and not self.symmetrize:
-            self._refuse(["edges are directed; give both directions, or `symmetrize=True`"])
-        if not both_ways:
-            self._warn(
-                "edges are directed; missing directions are added in every step. Apply "
-                "`torch_geometric.transforms.ToUndirected()` once to save the time."
-            )
-        return both_ways and once
-
-    def _refuse(self, problems: list[str]) -> None:
-        if problems:
-            raise ValueError(f"`DAGCommunityDetector`: {'; '.join(problems)}.")
-
-    def _warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            rank_zero_warn(f"`DAGCommunityDetector`: {text}")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch_geometric.data import Data
-from torch_geometric.loader import RandomNodeLoader
+from torch_geometric.loader import DataLoader, RandomNodeLoader
 from torch_geometric.transforms import RemoveSelfLoops, ToUndirected
 
 from lightning_hpo import GraphDegree
-from lightning_hpo.graph_data import CheckedGraphs, graph_of, is_clean, undirected
+from lightning_hpo.graph_data import graph_of, is_clean, undirected
 
 
 def test_parts_carry_degrees_and_size_of_the_whole():
@@ -18,6 +18,13 @@ def test_parts_carry_degrees_and_size_of_the_whole():
     assert torch.cat([part.degree for part in parts]).tolist() == [2.0] * 12
     assert sum(part.edge_index.shape[1] for part in parts) < 24  # edges between parts are in none
     assert not graph_of(Data(x=torch.eye(2), edge_index=ring[:, :1])).is_part
+
+
+def test_parts_may_be_put_together():
+    ring = torch.stack([torch.arange(12), torch.arange(12).roll(1)])
+    data = GraphDegree()(Data(x=torch.rand(12, 2), edge_index=torch.cat([ring, ring.flip(0)], dim=1)))
+    parts = [graph_of(part) for part in DataLoader(list(RandomNodeLoader(data, num_parts=4)), batch_size=2)]
+    assert [(len(part.x), part.nodes) for part in parts] == [(6, 12)] * 2
 
 
 def test_the_whole_needs_edges():
@@ -66,26 +73,3 @@ def test_parts_cannot_be_mended_so_the_whole_must_be(edges, problem):
 def test_the_advice_mends_the_whole():
     data = Data(x=torch.eye(3), edge_index=torch.tensor([[0, 0, 1, 2], [1, 1, 2, 2]]))
     assert GraphDegree()(ToUndirected()(RemoveSelfLoops()(data))).graph_degree.tolist() == [1, 2, 1]
-
-
-def test_all_graphs_of_the_first_epoch_are_checked_and_one_that_needs_it_mends_all():
-    graphs = CheckedGraphs(2, 2, symmetrize=True)
-    clean = Data(x=torch.eye(2), edge_index=torch.tensor([[0, 1], [1, 0]]))
-    half = Data(x=torch.eye(2), edge_index=torch.tensor([[0], [1]]))
-    assert graphs.take(clean, torch.float32).edge_index is clean.edge_index
-    with pytest.warns(UserWarning, match="edges are directed"):
-        assert torch.equal(graphs.take(half, torch.float32).edge_index, clean.edge_index)
-    graphs.end_epoch()
-    assert torch.equal(graphs.take(half, torch.float32).edge_index, clean.edge_index)  # and nothing is said again
-    graphs.take(Data(x=torch.eye(3), edge_index=half.edge_index), torch.float32)  # nor looked at
-    graphs.begin()
-    with pytest.raises(ValueError, match="in_channels is 2, but nodes have 3 attributes"):
-        graphs.take(Data(x=torch.eye(3), edge_index=half.edge_index), torch.float32)
-
-
-def test_weights_of_edges_are_spoken_of_once():
-    graphs = CheckedGraphs(2, 2, symmetrize=True)
-    data = Data(x=torch.eye(2), edge_index=torch.tensor([[0, 1], [1, 0]]), edge_weight=torch.ones(2))
-    with pytest.warns(UserWarning, match="weights of edges, `edge_weight`, are not used"):
-        graphs.take(data, torch.float32)
-    graphs.take(data, torch.float32)

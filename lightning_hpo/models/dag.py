@@ -11,12 +11,14 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.dag import CommunityPruning
+from lightning_hpo.checked_graphs import CheckedGraphs
 from lightning_hpo.community_arguments import argument_problems
 from lightning_hpo.community_result import CommunityResult, community_result
 from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums
 from lightning_hpo.functional.graphs.k_means import k_means
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask, draw_mask, scaled_cosine_errors
-from lightning_hpo.graph_data import CheckedGraphs, Graph
+from lightning_hpo.functional.seeding import mix_seed
+from lightning_hpo.graph_data import Graph
 from lightning_hpo.metrics.dag import ClusteringAccuracy
 from lightning_hpo.nn.dag import AffiliationReadout, GroupSparsity, MaskedAttributeAutoencoder
 from lightning_hpo.seeded import Draws
@@ -186,7 +188,8 @@ class DAGCommunityDetector(LightningModule):
         stream = self._draws.generator
         if not self.is_sharded:
             return stream
-        return torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=stream)) + distributed.rank())
+        drawn = int(torch.randint(2**31, (), generator=stream))
+        return torch.Generator().manual_seed(mix_seed(drawn, distributed.rank()))
 
     def _terms(self, graph: Graph, mask: AttributeMask) -> tuple[CommunitySums, Tensor, Tensor]:
         """Sums of all terms, over all ranks."""
@@ -345,12 +348,15 @@ class DAGCommunityDetector(LightningModule):
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs accuracy, NMI and ARI against the labels ``y`` of a graph; they are looked at nowhere else."""
+        """Logs accuracy, NMI and ARI against the labels ``y`` of a graph; they are looked at nowhere else.
+
+        Of several graphs, on several ranks, too, the means are logged.
+        """
         result = self.predict_communities(batch)
         if batch.get("y") is None:
             raise ValueError("`DAGCommunityDetector`: there are no labels `y` to test against.")
         target = batch.y.view(-1)
-        accuracy = ClusteringAccuracy().to(target.device)
+        accuracy = ClusteringAccuracy(sync_on_compute=False).to(target.device)  # another rank has another graph
         accuracy.update(result.labels, target)
         values: dict[str, Tensor | float] = {
             "test_accuracy": accuracy.compute(),
@@ -358,7 +364,7 @@ class DAGCommunityDetector(LightningModule):
             "test_ari": adjusted_rand_score(result.labels, target),
             "test_communities": float(result.n_communities),
         }
-        self.log_dict(values, batch_size=1)
+        self.log_dict(values, batch_size=1, sync_dist=True)
 
     # Checkpoints
 

@@ -147,3 +147,18 @@ def test_ranks_with_parts_go_on_as_they_would_have(step, tmp_path):
         for what in ("module", "method"):
             assert_same(once[what], again[what], what)
     assert whole[0]["method"]["history"]
+
+
+class TwoGraphs(LightningDataModule):
+    """A graph on each of two ranks, or both on one."""
+
+    def test_dataloader(self):
+        return DataLoader([planted_partition(3, 20, seed=seed) for seed in (0, 1)])
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_ranks_with_graphs_of_their_own_report_the_mean():
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    (two,) = tiny_trainer(devices=2, strategy=strategy).test(detector(), TwoGraphs(), verbose=False)
+    (one,) = tiny_trainer().test(detector(), TwoGraphs(), verbose=False)
+    assert two == pytest.approx(one)
