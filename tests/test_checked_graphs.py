@@ -14,6 +14,7 @@ def test_all_graphs_of_the_first_epoch_are_checked_and_one_that_needs_it_mends_a
     assert graphs.take(clean, torch.float32).edge_index is clean.edge_index
     with pytest.warns(UserWarning, match="edges are directed"):
         assert torch.equal(graphs.take(half, torch.float32).edge_index, clean.edge_index)
+    graphs.take(clean, torch.float32)
     graphs.end_epoch()
     assert torch.equal(graphs.take(half, torch.float32).edge_index, clean.edge_index)  # and nothing is said again
     graphs.take(Data(x=torch.eye(3), edge_index=half.edge_index), torch.float32)  # nor looked at

@@ -7,7 +7,7 @@ from torch_geometric.loader import DataLoader, RandomNodeLoader
 from torch_geometric.transforms import RemoveSelfLoops, ToUndirected
 
 from lightning_hpo import GraphDegree
-from lightning_hpo.graph_data import graph_of, is_clean, undirected
+from lightning_hpo.graph_data import Graph, graph_of, graph_problems, is_clean, undirected
 
 
 def test_parts_carry_degrees_and_size_of_the_whole():
@@ -25,6 +25,14 @@ def test_parts_may_be_put_together():
     data = GraphDegree()(Data(x=torch.rand(12, 2), edge_index=torch.cat([ring, ring.flip(0)], dim=1)))
     parts = [graph_of(part) for part in DataLoader(list(RandomNodeLoader(data, num_parts=4)), batch_size=2)]
     assert [(len(part.x), part.nodes) for part in parts] == [(6, 12)] * 2
+
+
+def test_a_part_may_be_empty_where_the_whole_may_not():
+    nothing = Graph(torch.zeros(3, 2), torch.zeros(2, 0, dtype=torch.long), None, None)
+    first, second = graph_problems(nothing, 2, 0)
+    assert "the graph has no edges" in first
+    assert "attributes are all zero in all 3 nodes" in second
+    assert graph_problems(nothing._replace(degree=torch.zeros(3), nodes=9), 2, 0) == []
 
 
 def test_the_whole_needs_edges():

@@ -242,7 +242,7 @@ class DAGCommunityDetector(LightningModule):
 
     @torch.no_grad()
     def _start_readout(self, graph: Graph) -> None:
-        """Centres of the codes become the first communities; rank 0's, where ranks hold different parts."""
+        """Centres of the codes become the first communities; rank 0's: on GPUs even those of one graph may differ."""
         codes, columns = self.codes(graph), self.hparams["max_communities"]
         codes = codes if codes.dtype == torch.float64 else codes.float()
         if len(codes) < columns:
@@ -252,7 +252,6 @@ class DAGCommunityDetector(LightningModule):
             )
         centres = k_means(codes, columns, self._draws.generator)
         spread = torch.cdist(codes, centres).square().min(1).values.mean()
-        # Of ranks with the same graph, too: on GPUs their centres differ by rounding, and so would their readouts.
         centres, spread = distributed.broadcast(centres), distributed.broadcast(spread)
         self.readout.start_from(centres, spread, self.hparams["sharpness"])
         for optimizer in self.trainer.optimizers:  # it has seen nothing but zeros for these

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader, RandomNodeLoader
 
-from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree
+from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree, checked_graphs
 from lightning_hpo.demos.graph_data import planted_partition
 from lightning_hpo.functional.graphs.dag import balance, community_sums, effective_communities, soft_modularity
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
@@ -274,6 +274,16 @@ def test_attributes_that_are_not_there():
 def test_every_graph_of_a_loader_is_looked_at(changes, problem):
     with pytest.raises(ValueError, match=problem):
         tiny_trainer(CommunityPruning(0, 1), max_epochs=4).fit(detector(), DataLoader([graph(), graph(**changes)]))
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing is pruned in")
+def test_graphs_are_looked_at_in_the_first_epoch_of_each_fit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checked_graphs, "graph_problems", lambda graph, *_: seen.append(graph) or [])
+    model = detector()
+    for fits in (1, 2):
+        fit(model, epochs=4, callback=CommunityPruning())
+        assert len(seen) == fits
 
 
 def test_parts_may_have_no_edges():
