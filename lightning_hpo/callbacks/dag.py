@@ -94,6 +94,14 @@ class CommunityPruning(MethodCallback):
         if not self.found:  # nothing was resumed
             self.found = {"n_communities": float(model.readout.live.sum()), "k_eff": float(model.readout.live.sum())}
 
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if len(self.history) > 1 and self.history[-1] < self.history[-2]:
+            rank_zero_warn(
+                f"`CommunityPruning`: communities were still dying when training ended; their number went "
+                f"{self.history}. Train longer, or lower `every`."
+            )
+
     def _due(self, model: Any) -> bool:
         """Whether the present epoch ends in a pruning; asked after a batch of it."""
         epoch = math.ceil(model.joint_epochs)

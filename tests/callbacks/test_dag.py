@@ -1,5 +1,7 @@
 """What is particular to pruning: when, on what, and what it says."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -8,6 +10,8 @@ from torch_geometric.loader import DataLoader, RandomNodeLoader
 from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree
 from lightning_hpo.demos.graph_data import planted_partition
 from lightning_hpo.testing import TinyClassifier, TinyImages, tiny_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*still dying when training ended")
 
 
 def detector(**arguments):
@@ -111,6 +115,17 @@ def test_one_community_is_warned_of_with_the_history():
     model = detector(modularity_weight=0.0, sparsity_weight=1.0, balance_weight=0.0, max_communities=3)
     with pytest.warns(UserWarning, match=r"their number went \[.*1\]. Raise `balance_weight`, or lower"):
         fit(callback, model, epochs=8)
+
+
+def test_a_number_that_is_not_final_is_warned_of():
+    callback, graph = CommunityPruning(warmup=0, every=1, min_size=1), planted_partition(3, 20)
+    model, loader = detector(modularity_weight=0.0, sparsity_weight=0.3, balance_weight=0.0), DataLoader([graph])
+    with pytest.warns(UserWarning, match=r"still dying when training ended; their number went \[7, 6\]. Train longer"):
+        fit(callback, model, loader, epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*still dying")
+        fit(callback, epochs=20)
+    assert callback.history[-1] == callback.history[-2]
 
 
 def test_another_fit_begins_anew_and_a_test_does_not():

@@ -17,6 +17,8 @@ from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
 from lightning_hpo.graph_data import graph_of
 from lightning_hpo.testing import tiny_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*still dying when training ended")
+
 WEIGHTS = {"reconstruction_weight": 0.7, "modularity_weight": 1.3, "sparsity_weight": 0.2, "balance_weight": 0.4}
 
 

@@ -18,6 +18,8 @@ from lightning_hpo.models import dag
 from lightning_hpo.testing import ResumableLoader, assert_same, fit
 from lightning_hpo.testing.run import Recorder, fit_two_ranks, tiny_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*still dying when training ended")
+
 SMALL = {"max_communities": 8, "hidden_channels": 16, "heads": 2, "warmup_epochs": 2, "ramp_epochs": 2, "lr": 0.01}
 
 
