@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 from torch_geometric.data import Data
-from torch_geometric.loader import DataLoader, RandomNodeLoader
+from torch_geometric.loader import DataLoader, NeighborLoader, RandomNodeLoader
+from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
 
 from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree, checked_graphs
 from lightning_hpo.demos.graph_data import planted_partition
@@ -217,6 +218,20 @@ def test_a_graph_in_parts_is_learned():
     trainer.fit(model, RandomNodeLoader(data, num_parts=3, shuffle=True))
     (scores,) = trainer.test(model, DataLoader([data]), verbose=False)
     assert scores["test_communities"] == 3
+    assert scores["test_ari"] >= 0.9
+
+
+@pytest.mark.skipif(not (WITH_PYG_LIB or WITH_TORCH_SPARSE), reason="NeighborLoader needs pyg-lib or torch-sparse")
+@pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without a 'pyg-lib'")
+@pytest.mark.parametrize("kind", ["directional", "bidirectional", "induced"])
+def test_neighbourhoods_of_a_graph_are_learned(kind):
+    data = GraphDegree()(planted_partition(4, 50))
+    torch.manual_seed(0)
+    model = DAGCommunityDetector(16, 16, 32, warmup_epochs=20, ramp_epochs=10, lr=3e-3)
+    loader = NeighborLoader(data, num_neighbors=[5, 5], batch_size=40, shuffle=True, subgraph_type=kind)
+    tiny_trainer(CommunityPruning(warmup=10, every=2), max_epochs=60).fit(model, loader)
+    (scores,) = tiny_trainer().test(model, DataLoader([data]), verbose=False)
+    assert scores["test_communities"] == 4
     assert scores["test_ari"] >= 0.9
 
 
