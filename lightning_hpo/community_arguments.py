@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_hpo.functional.arguments import is_whole
+from lightning_hpo.functional.arguments import is_number, is_whole
 from lightning_hpo.nn.dag import encoder_problems
 
 __all__ = ["argument_problems"]
@@ -27,6 +27,7 @@ def argument_problems(chosen: Mapping[str, Any]) -> list[str]:
         ['mask_rate must lie between 0 and 1, got 1.5', 'gamma must lie between 1 and inf, got 0.5']
     """
     encoder = ("in_channels", "hidden_channels", "heads", "num_layers", "dropout", "attention_dropout")
+    seed, symmetrize = chosen["seed"], chosen["symmetrize"]
     found: list[str | None] = [
         *encoder_problems(**{name: chosen[name] for name in encoder}),
         *(_whole(chosen, name, least) for name, least in (("max_communities", 2), ("warmup_epochs", 0))),
@@ -37,7 +38,8 @@ def argument_problems(chosen: Mapping[str, Any]) -> list[str]:
         _between(chosen, "sharpness", 0, math.inf, inclusive=False),
         _between(chosen, "lr", 0, math.inf, inclusive=False),
         _between(chosen, "average", 0, 1, inclusive=True),
-        _between(chosen, "seed", 0, 2**32, inclusive=True),
+        None if is_whole(seed) and seed < 2**32 else f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}",
+        None if isinstance(symmetrize, bool) else f"symmetrize must be true or false, got {symmetrize!r}",
         *(_between(chosen, name, 0, math.inf, inclusive=True) for name in _WEIGHTS),
     ]
     return [problem for problem in found if problem]
@@ -50,5 +52,5 @@ def _whole(chosen: Mapping[str, Any], name: str, least: int) -> str | None:
 
 def _between(chosen: Mapping[str, Any], name: str, low: float, high: float, inclusive: bool) -> str | None:
     value = chosen[name]
-    fine = low <= value < high if inclusive else low < value < high
+    fine = is_number(value) and (low <= value < high if inclusive else low < value < high)
     return None if fine else f"{name} must lie between {low:g} and {high:g}, got {value!r}"

@@ -4,7 +4,7 @@ Everything copies: an argument is never changed in place, except the gradients i
 Every function is a collective: call it on all ranks or on none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "broadcast",
     "device",
     "gather",
+    "in_one_message",
     "mean",
     "mean_gradients",
     "minimum",
@@ -217,6 +218,24 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     if world_size() > 1:
         dist.broadcast(copy, src=source)
     return copy
+
+
+def in_one_message(send: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sends several tensors as one.
+
+    Args:
+        send: A function of a vector that keeps its shape, such as :func:`sum` or :func:`broadcast`.
+        parts: Tensors of one type and device, of the same shapes on every rank.
+
+    Returns:
+        What comes back, in the shapes of the parts.
+
+    Example:
+        >>> in_one_message(sum, [torch.tensor(1), torch.tensor([[2, 3]])])
+        [tensor(1), tensor([[2, 3]])]
+    """
+    pieces = send(torch.cat([part.reshape(-1) for part in parts])).split([part.numel() for part in parts])
+    return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 
 
 @torch.no_grad()

@@ -10,7 +10,17 @@ from torch_geometric.utils import coalesce, degree, is_undirected, remove_self_l
 
 from lightning_hpo import distributed
 
-__all__ = ["Graph", "GraphDegree", "graph_of", "graph_problems", "is_clean", "ranks_differ", "undirected"]
+__all__ = [
+    "Graph",
+    "GraphDegree",
+    "graph_of",
+    "graph_problems",
+    "is_clean",
+    "ranks_differ",
+    "undirected",
+]
+
+_ADVICE = "take them from the structure with `torch_geometric.transforms.LocalDegreeProfile()`"
 
 
 class Graph(NamedTuple):
@@ -41,7 +51,7 @@ class GraphDegree(BaseTransform):
     loader of torch-geometric that cuts a graph into parts. Adds ``graph_degree`` (of nodes) and ``graph_nodes``.
 
     Raises:
-        ValueError: If the graph has no edges.
+        ValueError: If the graph has no edges, or they are not both directions of each, once.
 
     Example:
         >>> data = GraphDegree()(Data(x=torch.eye(3), edge_index=torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])))
@@ -53,23 +63,29 @@ class GraphDegree(BaseTransform):
         """Adds what parts need.
 
         Args:
-            data: The whole graph, with both directions of every edge.
+            data: The whole graph, with both directions of every edge, each once, and no loops.
 
         Returns:
             The same object.
         """
-        if data.edge_index is None or data.edge_index.numel() == 0:
-            raise ValueError("`GraphDegree`: the graph has no edges")
+        if problems := _edge_problems(data.edge_index, data.num_nodes):
+            raise ValueError(f"`GraphDegree`: {'; '.join(problems)}.")
+        if not all(is_clean(data.edge_index, data.num_nodes)):  # nobody can tell from a part
+            raise ValueError(
+                "`GraphDegree`: edges are directed, repeated or loops; apply `RemoveSelfLoops()` and `ToUndirected()` "
+                "of `torch_geometric.transforms` first."
+            )
         data.graph_degree = degree(data.edge_index[0], data.num_nodes)
         data.graph_nodes = data.num_nodes
         return data
 
 
-def graph_of(batch: Any) -> Graph:
+def graph_of(batch: Any, dtype: torch.dtype | None = None) -> Graph:
     """What a step needs of a batch, as it is.
 
     Args:
-        batch: A ``torch_geometric.data.Data``, or a ``Batch`` of them.
+        batch: A ``torch_geometric.data.Data``, or a ``Batch`` of them; of parts, those of one graph.
+        dtype: Of attributes that are floating-point numbers; their own by default.
 
     Returns:
         Its tensors; nothing is checked.
@@ -86,8 +102,10 @@ def graph_of(batch: Any) -> Graph:
             f"a batch must be a `torch_geometric.data.Data`, got `{type(batch).__name__}`: use "
             "`torch_geometric.loader.DataLoader([data])`, or a loader that samples nodes"
         )
-    nodes = batch.get("graph_nodes")
-    return Graph(batch.x, batch.edge_index, batch.get("graph_degree"), None if nodes is None else int(nodes))
+    x, nodes = batch.x, batch.get("graph_nodes")
+    x = x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+    nodes = None if nodes is None else int(torch.as_tensor(nodes).flatten()[0])
+    return Graph(x, batch.edge_index, batch.get("graph_degree"), nodes)
 
 
 def graph_problems(graph: Graph, in_channels: int, max_communities: int) -> list[str]:
@@ -106,29 +124,31 @@ def graph_problems(graph: Graph, in_channels: int, max_communities: int) -> list
         ['edge_index goes up to 5, but there are 2 nodes']
     """
     x, edges = graph.x, graph.edge_index
-    if x is None or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
-        found = "none" if x is None else f"{tuple(x.shape)} {x.dtype} {x.layout}"
+    if x is None:
+        return [f"there are no attributes `x`; {_ADVICE}"]
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.ndim != 2 or not x.is_floating_point():
+        found = f"{tuple(x.shape)} {x.dtype} {x.layout}" if isinstance(x, Tensor) else type(x).__name__
         return [f"attributes `x` must be a dense floating-point matrix (nodes, attributes), got {found}"]
-    problems = _edge_problems(edges, len(x))
+    problems = _edge_problems(edges, len(x), graph.is_part)
     if max_communities > len(x):
         problems.append(f"max_communities must be at most the number of nodes N = {len(x)}, got {max_communities}")
     if x.shape[1] != in_channels:
         problems.append(f"in_channels is {in_channels}, but nodes have {x.shape[1]} attributes")
-    advice = "take them from the structure with `torch_geometric.transforms.LocalDegreeProfile()`"
     if bad := int((~x.isfinite()).any(1).sum()):
-        problems.append(f"attributes are not finite in {bad} of {len(x)} nodes; mend them, or {advice}")
-    elif not x.any():
-        problems.append(f"attributes are all zero in all {len(x)} nodes; {advice}")
+        problems.append(f"attributes are not finite in {bad} of {len(x)} nodes; mend them, or {_ADVICE}")
+    elif not x.any() and not graph.is_part:
+        problems.append(f"attributes are all zero in all {len(x)} nodes; {_ADVICE}")
     return problems
 
 
-def _edge_problems(edges: Tensor | None, nodes: int) -> list[str]:
+def _edge_problems(edges: Any, nodes: int, is_part: bool = False) -> list[str]:
     if edges is None:
         return ["there is no `edge_index`"]
-    if edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
-        return [f"edge_index must be whole numbers of shape (2, edges), got {tuple(edges.shape)} {edges.dtype}"]
-    if not edges.shape[1] or bool((edges[0] == edges[1]).all()):
-        return ["the graph has no edges (m = 0): modularity is undefined"]
+    if not isinstance(edges, Tensor) or edges.ndim != 2 or edges.shape[0] != 2 or edges.is_floating_point():
+        found = f"{tuple(edges.shape)} {edges.dtype}" if isinstance(edges, Tensor) else type(edges).__name__
+        return [f"edge_index must be whole numbers of shape (2, edges), got {found}"]
+    if bool((edges[0] == edges[1]).all()):  # none at all, or loops
+        return [] if is_part else ["the graph has no edges (m = 0): modularity is undefined"]
     if int(edges.max()) >= nodes:
         return [f"edge_index goes up to {int(edges.max())}, but there are {nodes} nodes"]
     return [f"edge_index goes down to {int(edges.min())}"] if int(edges.min()) < 0 else []

@@ -33,7 +33,7 @@ L1 = (
     *("whole_data", "perturbation", "batch_parts", "response_training"),
     *("self_tuning_arguments", "response_optimizer", "matching_dropout"),
     *("losses", "criterion_call", "stratified_sampler"),
-    *("graph_data", "metrics", "seeded", "community_arguments", "community_result"),
+    *("graph_data", "checked_graphs", "metrics", "seeded", "community_arguments", "community_result"),
 )
 
 # Folder or file: packages of others it may import, and which parts of ours.
@@ -85,6 +85,7 @@ RULES: dict[str, tuple[set[str] | None, tuple[str, ...] | None]] = {
     "criterion_call": (TORCH, L0),
     "stratified_sampler": (TORCH, (*L0, "distributed")),
     "graph_data": (TORCH | {"torch_geometric"}, (*L0, "distributed")),
+    "checked_graphs": (TORCH | {"lightning"}, (*L0, "distributed", "graph_data")),
     "community_arguments": (TORCH, L0),
     "community_result": (TORCH, (*L0, "graph_data")),
     "metrics": (TORCH | {"scipy", "torchmetrics"}, L0),

@@ -26,6 +26,8 @@ _spec = importlib.util.spec_from_file_location("matrix", Path(__file__).with_nam
 matrix = sys.modules["matrix"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(matrix)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(nothing is pruned in|still dying)")  # in so few steps
+
 EXAMPLES = Path(lightning_hpo.__file__).parent.parent / "examples"
 
 CHECKS = {

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.base import MethodCallback
-from lightning_hpo.functional.arguments import is_whole
+from lightning_hpo.functional.arguments import is_number, is_whole
 from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums, node_degree
 from lightning_hpo.functional.graphs.pruning import PartitionSums, keep_communities, partition_sums
 
@@ -26,14 +26,15 @@ class CommunityPruning(MethodCallback):
     At the end of every so many epochs the graph is looked at without masks. Columns that fewer than ``min_size`` nodes
     like best die, at most half of those alive; if there is none, the one dies without which the loss of the hard
     partition falls most, if it falls. The nodes then belong to the column that they like next best. None ever comes
-    back. Numbers are added up over batches and ranks before the decision, so that all ranks make the same.
+    back. Numbers are added up over batches and ranks before the decision, or rank 0's are taken where ranks hold the
+    same graph, so that all make the same.
 
     It logs ``n_communities`` (columns with a node), ``k_eff`` (see
     :func:`~lightning_hpo.functional.graphs.dag.effective_communities`), ``modularity`` and ``row_entropy``.
 
     Args:
-        warmup: Epochs of the search before the first pruning; they come after the module's own warm-up.
-        every: Epochs from one pruning to the next.
+        warmup: Epochs of the search without pruning; they come after the module's own warm-up.
+        every: Epochs from there to the first pruning, and from one to the next.
         min_size: Nodes that a community needs; by default 10, or 0.3 % of the nodes if that is more.
 
     Raises:
@@ -59,7 +60,7 @@ class CommunityPruning(MethodCallback):
             for name, value, least in (("warmup", warmup, 0), ("every", every, 1))
             if not is_whole(value, least)
         ]
-        if min_size is not None and not 0 < min_size < math.inf:
+        if min_size is not None and not (is_number(min_size) and 0 < min_size < math.inf):
             problems.append(f"min_size must be positive, got {min_size!r}")
         if problems:
             raise ValueError(f"`CommunityPruning`: {'; '.join(problems)}.")
@@ -83,14 +84,23 @@ class CommunityPruning(MethodCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module
-        before, last = model.hparams["warmup_epochs"], trainer.max_epochs
-        if not model.is_joint and last is not None and 0 <= last <= before + self.warmup:
+        before, last = model.hparams["warmup_epochs"], _last_epoch(trainer)
+        if not model.is_joint and last < before + self.warmup + self.every:
             rank_zero_warn(
-                f"`CommunityPruning`: nothing is pruned in {last} epochs: {before} of reconstruction and {self.warmup} "
-                "of the search come before; train longer, or lower `warmup_epochs` and `warmup`."
+                f"`CommunityPruning`: nothing is pruned in {last:g} epochs: {before} of reconstruction, {self.warmup} "
+                f"of the search and {self.every} more come before; train longer, or lower `warmup_epochs`, `warmup` "
+                "and `every`."
             )
         if not self.found:  # nothing was resumed
             self.found = {"n_communities": float(model.readout.live.sum()), "k_eff": float(model.readout.live.sum())}
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if len(self.history) > 1 and self.history[-1] < self.history[-2]:
+            rank_zero_warn(
+                f"`CommunityPruning`: communities were still dying when training ended; their number went "
+                f"{self.history}. Train longer, or lower `every`."
+            )
 
     def _due(self, model: Any) -> bool:
         """Whether the present epoch ends in a pruning; asked after a batch of it."""
@@ -117,15 +127,16 @@ class CommunityPruning(MethodCallback):
         soft = community_sums(membership, graph.edge_index, degree)
         entropy = torch.special.entr(membership).sum()
         hard = partition_sums(scores, live, graph.edge_index, degree)
-        parts = [*hard, *soft, entropy]
+        # Each batch at once, so that the sums of one rank, which a checkpoint holds, are those of all.
+        together = distributed.sum if model.is_sharded else distributed.broadcast
+        parts = distributed.in_one_message(together, [*hard, *soft, entropy])
         self.sums = (
             [old.to(new.device) + new for old, new in zip(self.sums, parts, strict=True)] if self.sums else parts
         )
         self.whole = graph.nodes or 0
 
     def _prune(self, model: Any) -> None:
-        sums = self._everywhere() if model.is_sharded else self.sums
-        hard, soft, entropy = PartitionSums(*sums[:4]), CommunitySums(*sums[4:-1]), sums[-1]
+        hard, soft, entropy = PartitionSums(*self.sums[:4]), CommunitySums(*self.sums[4:-1]), self.sums[-1]
         live, chosen = model.readout.live.clone(), model.hparams
         nodes = self.whole or float(soft.nodes)
         least = max(10.0, 0.003 * nodes) if self.min_size is None else self.min_size
@@ -150,12 +161,6 @@ class CommunityPruning(MethodCallback):
         self.history.append(int(self.found["n_communities"]))
         self._warn(columns)
 
-    def _everywhere(self) -> list[Tensor]:
-        """Sums over all ranks, in one message."""
-        flat = distributed.sum(torch.cat([part.reshape(-1) for part in self.sums]))
-        pieces = flat.split([part.numel() for part in self.sums])
-        return [piece.view_as(part) for piece, part in zip(pieces, self.sums, strict=True)]
-
     @staticmethod
     def _after(hard: PartitionSums, live: Tensor, keep: Tensor) -> Tensor:
         """Sizes after the decision, where they are known: after one column has died, and otherwise of those left."""
@@ -170,3 +175,9 @@ class CommunityPruning(MethodCallback):
                 f"`CommunityPruning`: one community is left; their number went {self.history}. Raise `balance_weight`, "
                 "or lower `sparsity_weight` or `modularity_weight`."
             )
+
+
+def _last_epoch(trainer: Trainer) -> float:
+    """How many epochs training lasts at most; -1 stands for no limit."""
+    of_steps = trainer.max_steps * trainer.accumulate_grad_batches / trainer.num_training_batches
+    return min((limit for limit in (trainer.max_epochs, of_steps) if limit is not None and limit > 0), default=math.inf)

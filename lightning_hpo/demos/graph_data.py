@@ -46,7 +46,7 @@ def planted_partition(
         torch.manual_seed(seed)
         y = torch.arange(communities).repeat_interleave(size)
         edges: Tensor = stochastic_blockmodel_graph(
-            [size] * communities, torch.full((communities,) * 2, p_out).fill_diagonal_(p_in)
+            [size] * communities, torch.full((communities,) * 2, float(p_out)).fill_diagonal_(p_in)
         )
         x = torch.randn(communities, attributes)[y] + noise * torch.randn(len(y), attributes)
     return Data(x=x, edge_index=edges, y=y)

@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums
 
 __all__ = ["ClusteringAccuracy", "SoftModularity"]
@@ -37,7 +38,7 @@ class SoftModularity(Metric):
     degree_mass: Tensor
 
     def __init__(self, num_communities: int, **kwargs: Any) -> None:
-        if not isinstance(num_communities, int) or num_communities < 1:
+        if not is_whole(num_communities, 1):
             raise ValueError(f"num_communities must be a positive integer, got {num_communities!r}")
         super().__init__(**kwargs)
         self.add_state("inside", torch.zeros(()), dist_reduce_fx="sum")
@@ -131,9 +132,10 @@ class ClusteringAccuracy(Metric):
         preds, target = (_whole(parts) for parts in (self.preds, self.target))
         if not len(preds):
             raise ValueError("`ClusteringAccuracy` has seen no nodes")
-        columns = int(target.max()) + 1
-        cells = (preds * columns + target).bincount(minlength=(int(preds.max()) + 1) * columns)
-        counts = cells.view(-1, columns).cpu().numpy()
+        # Numbered anew: labels may be large, and of a type that cannot hold the number of a cell.
+        (found, preds), (classes, target) = (t.unique(return_inverse=True) for t in (preds, target))
+        cells = (preds * len(classes) + target).bincount(minlength=len(found) * len(classes))
+        counts = cells.view(-1, len(classes)).cpu().numpy()
         rows, matched = linear_sum_assignment(counts, maximize=True)
         return torch.tensor(counts[rows, matched].sum() / len(preds), dtype=torch.float32, device=preds.device)
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics.functional.clustering import adjusted_rand_score, normalized_mutual_info_score
@@ -12,12 +11,14 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.callbacks.dag import CommunityPruning
+from lightning_hpo.checked_graphs import CheckedGraphs
 from lightning_hpo.community_arguments import argument_problems
 from lightning_hpo.community_result import CommunityResult, community_result
 from lightning_hpo.functional.graphs.dag import CommunitySums, community_sums
 from lightning_hpo.functional.graphs.k_means import k_means
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask, draw_mask, scaled_cosine_errors
-from lightning_hpo.graph_data import Graph, graph_of, graph_problems, is_clean, ranks_differ, undirected
+from lightning_hpo.functional.seeding import mix_seed
+from lightning_hpo.graph_data import Graph
 from lightning_hpo.metrics.dag import ClusteringAccuracy
 from lightning_hpo.nn.dag import AffiliationReadout, GroupSparsity, MaskedAttributeAutoencoder
 from lightning_hpo.seeded import Draws
@@ -128,15 +129,20 @@ class DAGCommunityDetector(LightningModule):
         self.degree_share: Tensor
         self.register_buffer("degree_share", torch.zeros(max_communities))
         self._draws = Draws(seed)
-        self._joint_batches = 0
-        self._checked = self._clean = self._sharded = False
+        self._joint_epochs = 0.0
+        self._graphs = CheckedGraphs(in_channels, max_communities, symmetrize)
 
     # What a fit is made of
 
     @override
     def on_fit_start(self) -> None:
-        """Forgets what was found out about the graph of an earlier fit."""
-        self._checked = False
+        """Forgets what was found out about the graphs of an earlier fit."""
+        self._graphs.begin()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Takes all graphs to be known."""
+        self._graphs.end_epoch()
 
     @override
     def on_train_start(self) -> None:
@@ -150,31 +156,40 @@ class DAGCommunityDetector(LightningModule):
     @property
     def is_joint(self) -> bool:
         """Whether communities are sought already; before, only attributes are reconstructed."""
-        return self._joint_batches > 0 or self.current_epoch >= self.hparams["warmup_epochs"]
+        return self._joint_epochs > 0 or self.current_epoch >= self.hparams["warmup_epochs"]
 
     @property
     def joint_epochs(self) -> float:
         """Epochs for which communities have been sought, this one in part."""
-        return self._joint_batches / max(1, self.trainer.num_training_batches)
+        return self._joint_epochs
 
     @property
     def is_sharded(self) -> bool:
         """Whether ranks hold different parts; known from the first batch on."""
-        return self._sharded
+        return self._graphs.sharded
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss on a graph, or on a part of it."""
         graph = self.prepare(batch)
-        if self.is_joint and not self._joint_batches:
+        if self.is_joint and not self._joint_epochs:
             self._start_readout(graph)
-        mask = draw_mask(len(graph.x), self.hparams["mask_rate"], self.hparams["replace_rate"], self._draws.generator)
+        mask = draw_mask(len(graph.x), self.hparams["mask_rate"], self.hparams["replace_rate"], self._mask_generator())
         mask = AttributeMask(*(nodes.to(self.device) for nodes in mask))
         with self._draws.fixed(self.device):
             terms = self._terms(graph, mask)
         loss = self._loss(*terms, is_part=graph.is_part)
-        self._joint_batches += self.is_joint
+        if self.is_joint:  # an epoch that was cut short by an earlier fit begins anew
+            self._joint_epochs = self._joint_epochs // 1 + (batch_idx + 1) / self.trainer.num_training_batches
         return loss
+
+    def _mask_generator(self) -> torch.Generator:
+        """For parts of a rank's own a generator of its own, so that all streams advance alike and one is saved."""
+        stream = self._draws.generator
+        if not self.is_sharded:
+            return stream
+        drawn = int(torch.randint(2**31, (), generator=stream))
+        return torch.Generator().manual_seed(mix_seed(drawn, distributed.rank()))
 
     def _terms(self, graph: Graph, mask: AttributeMask) -> tuple[CommunitySums, Tensor, Tensor]:
         """Sums of all terms, over all ranks."""
@@ -188,22 +203,20 @@ class DAGCommunityDetector(LightningModule):
 
     def _everywhere(self, sums: CommunitySums, error: Tensor, rows: Tensor) -> tuple[CommunitySums, Tensor, Tensor]:
         """The same sums over the parts of all ranks, in one message."""
-        if not self._sharded:
+        if not self.is_sharded:
             return sums, error, rows
         parts = [*sums, error.to(sums.mass.dtype), rows.to(sums.mass.dtype)]
-        flat = distributed.sum_with_gradient(torch.cat([part.reshape(-1) for part in parts]))
-        total = [
-            piece.view_as(part) for piece, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True)
-        ]
-        return CommunitySums(*total[:-2]), total[-2], total[-1]
+        *total, error, rows = distributed.in_one_message(distributed.sum_with_gradient, parts)
+        return CommunitySums(*total), error, rows
 
     def _loss(self, sums: CommunitySums, error: Tensor, rows: Tensor, is_part: bool) -> Tensor:
         chosen = self.hparams
         reconstruction = error / rows.clamp_min(1)
         if not self.is_joint:
-            self.log("dag/reconstruction", reconstruction, batch_size=1)
             # DistributedDataParallel wants every parameter in the loss.
-            return chosen["reconstruction_weight"] * reconstruction + 0.0 * sums.mass.sum()
+            alone: Tensor = chosen["reconstruction_weight"] * reconstruction + 0.0 * sums.mass.sum()
+            self.log_dict({"dag/reconstruction": reconstruction, "dag/loss": alone}, batch_size=1)
+            return alone
         modularity = sums.modularity(self._averaged_share(sums) if is_part else None)
         sparsity = sums.sparsity() / sums.nodes.sqrt() - 1
         balance = sums.balance(self.readout.live.sum())
@@ -220,7 +233,7 @@ class DAGCommunityDetector(LightningModule):
 
     def _averaged_share(self, sums: CommunitySums) -> Tensor:
         """Averages :math:`d^T P / 2m` over batches; its value is the average, its gradient that of this batch."""
-        share = sums.degree_mass / sums.degree_mass.sum()
+        share = sums.degree_share()
         with torch.no_grad():
             old = self.degree_share * self.readout.live
             mixed = self.hparams["average"] * old / old.sum().clamp_min(1e-12) + (1 - self.hparams["average"]) * share
@@ -229,7 +242,7 @@ class DAGCommunityDetector(LightningModule):
 
     @torch.no_grad()
     def _start_readout(self, graph: Graph) -> None:
-        """Centres of the codes become the first communities; rank 0's, where ranks hold different parts."""
+        """Centres of the codes become the first communities; rank 0's: on GPUs even those of one graph may differ."""
         codes, columns = self.codes(graph), self.hparams["max_communities"]
         codes = codes if codes.dtype == torch.float64 else codes.float()
         if len(codes) < columns:
@@ -239,8 +252,7 @@ class DAGCommunityDetector(LightningModule):
             )
         centres = k_means(codes, columns, self._draws.generator)
         spread = torch.cdist(codes, centres).square().min(1).values.mean()
-        if self._sharded:
-            centres, spread = distributed.broadcast(centres), distributed.broadcast(spread)
+        centres, spread = distributed.broadcast(centres), distributed.broadcast(spread)
         self.readout.start_from(centres, spread, self.hparams["sharpness"])
         for optimizer in self.trainer.optimizers:  # it has seen nothing but zeros for these
             for parameter in self.readout.parameters():
@@ -260,7 +272,7 @@ class DAGCommunityDetector(LightningModule):
     # Graphs
 
     def prepare(self, batch: Any) -> Graph:
-        """Takes a batch apart; the first of a fit is checked, and tells whether later ones need mending.
+        """Takes a batch apart; those of the first epoch of a fit are checked.
 
         Args:
             batch: A graph.
@@ -269,32 +281,10 @@ class DAGCommunityDetector(LightningModule):
             Its tensors, in the module's precision.
 
         Raises:
+            TypeError: If the batch is no graph.
             ValueError: If the graph is of no use; all reasons are given.
         """
-        graph = graph_of(batch)
-        if not self._checked:
-            self._clean = self._check(graph)
-            self._sharded = distributed.world_size() > 1 and (graph.is_part or ranks_differ(graph))
-            self._checked = True
-        edges = graph.edge_index if self._clean else undirected(graph.edge_index, len(graph.x))
-        return graph._replace(x=graph.x.to(self.autoencoder.token.dtype), edge_index=edges)
-
-    def _check(self, graph: Graph) -> bool:
-        columns = self.hparams["max_communities"] if not graph.is_part else 0
-        problems = graph_problems(graph, self.hparams["in_channels"], columns)
-        if problems:
-            raise ValueError(f"`DAGCommunityDetector`: {'; '.join(problems)}.")
-        if graph.is_part:  # a loader lists the edges that it has drawn, in whatever direction
-            return True
-        both_ways, once = is_clean(graph.edge_index, len(graph.x))
-        if not both_ways and not self.hparams["symmetrize"]:
-            raise ValueError("`DAGCommunityDetector`: edges are directed; give both directions, or `symmetrize=True`.")
-        if not both_ways:
-            rank_zero_warn(
-                "`DAGCommunityDetector`: edges are directed; missing directions are added in every step. Apply "
-                "`torch_geometric.transforms.ToUndirected()` once to save the time."
-            )
-        return both_ways and once
+        return self._graphs.take(batch, self.autoencoder.token.dtype)
 
     @torch.no_grad()
     def codes(self, graph: Graph) -> Tensor:
@@ -338,17 +328,17 @@ class DAGCommunityDetector(LightningModule):
         Raises:
             ValueError: If the graph is of no use.
         """
-        graph = graph_of(data)
-        if problems := graph_problems(graph, self.hparams["in_channels"], 0):
-            raise ValueError(f"`DAGCommunityDetector`: {'; '.join(problems)}.")
-        edges = undirected(graph.edge_index, len(graph.x))
-        here = Graph(graph.x.to(self.autoencoder.token), edges.to(self.device), None, None)
-        return community_result(self.clean_scores(here), Graph(graph.x, edges, None, None))
+        graph = self._graphs.whole(data, self.autoencoder.token.dtype)
+        return community_result(self._scores(graph), graph)
+
+    def _scores(self, graph: Graph) -> Tensor:
+        here = graph._replace(x=graph.x.to(self.autoencoder.token), edge_index=graph.edge_index.to(self.device))
+        return self.clean_scores(here)
 
     @override
     def forward(self, data: Any) -> Tensor:
         """Soft communities of a graph that hides nothing, shape ``(N, max_communities)``."""
-        return self.clean_scores(self.prepare(data)).softmax(1)
+        return self._scores(self._graphs.whole(data, self.autoencoder.token.dtype)).softmax(1)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> CommunityResult:
@@ -357,11 +347,15 @@ class DAGCommunityDetector(LightningModule):
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs accuracy, NMI and ARI against the labels ``y`` of a graph; they are looked at nowhere else."""
+        """Logs accuracy, NMI and ARI against the labels ``y`` of a graph; they are looked at nowhere else.
+
+        Of several graphs, on several ranks, too, the means are logged.
+        """
+        result = self.predict_communities(batch)
         if batch.get("y") is None:
             raise ValueError("`DAGCommunityDetector`: there are no labels `y` to test against.")
-        result, target = self.predict_communities(batch), batch.y.view(-1)
-        accuracy = ClusteringAccuracy().to(target.device)
+        target = batch.y.view(-1)
+        accuracy = ClusteringAccuracy(sync_on_compute=False).to(target.device)  # another rank has another graph
         accuracy.update(result.labels, target)
         values: dict[str, Tensor | float] = {
             "test_accuracy": accuracy.compute(),
@@ -369,18 +363,18 @@ class DAGCommunityDetector(LightningModule):
             "test_ari": adjusted_rand_score(result.labels, target),
             "test_communities": float(result.n_communities),
         }
-        self.log_dict(values, batch_size=1)
+        self.log_dict(values, batch_size=1, sync_dist=True)
 
     # Checkpoints
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is drawn next, and how far the ramp is."""
-        checkpoint["dag"] = {"draws": self._draws.state_dict(), "joint_batches": self._joint_batches}
+        checkpoint["dag"] = {"draws": self._draws.state_dict(), "joint_epochs": self._joint_epochs}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on from there; a checkpoint of weights alone leaves the draws as they are."""
         if saved := checkpoint.get("dag"):
             self._draws.load_state_dict(saved["draws"])
-            self._joint_batches = saved["joint_batches"]
+            self._joint_epochs = saved["joint_epochs"]

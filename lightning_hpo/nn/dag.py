@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_geometric.nn import GATConv
 
-from lightning_hpo.functional.arguments import is_whole
+from lightning_hpo.functional.arguments import is_number, is_whole
 from lightning_hpo.functional.graphs.dag import group_sparsity
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
 
@@ -43,7 +43,9 @@ def encoder_problems(
         problems.append(f"hidden_channels must be a multiple of heads, got {hidden_channels} and {heads}")
     rates = {"dropout": dropout, "attention_dropout": attention_dropout}
     return problems + [
-        f"{name} must be at least 0 and below 1, got {rate!r}" for name, rate in rates.items() if not 0 <= rate < 1
+        f"{name} must be at least 0 and below 1, got {rate!r}"
+        for name, rate in rates.items()
+        if not (is_number(rate) and 0 <= rate < 1)
     ]
 
 
@@ -248,7 +250,7 @@ class GroupSparsity(nn.Module):
     """
 
     def __init__(self, weight: float = 0.1, ramp: int = 0) -> None:
-        if not weight >= 0 or not ramp >= 0:
+        if not (is_number(weight) and is_number(ramp) and weight >= 0 and ramp >= 0):
             raise ValueError(f"`GroupSparsity`: weight and ramp must be at least 0, got {weight!r} and {ramp!r}")
         super().__init__()
         self.weight, self.ramp = weight, ramp

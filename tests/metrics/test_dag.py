@@ -61,3 +61,11 @@ def test_modularity_of_several_graphs_is_that_of_all_together():
         metric.update(torch.ones(4, 2), joined)
     with pytest.raises(ValueError, match="num_communities must be a positive integer"):
         SoftModularity(0)
+
+
+def test_labels_of_a_small_type_and_large_labels_are_counted():
+    right = torch.arange(40) // 2
+    metric = ClusteringAccuracy()
+    metric.update(right.to(torch.uint8), right.to(torch.uint8))  # 400 cells
+    assert metric.compute() == 1
+    assert accuracy([10**9, 10**9, 3], [7, 7, 10**12]) == 1

@@ -8,14 +8,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 from torch_geometric.data import Data
-from torch_geometric.loader import DataLoader, RandomNodeLoader
+from torch_geometric.loader import DataLoader, NeighborLoader, RandomNodeLoader
+from torch_geometric.typing import WITH_PYG_LIB, WITH_TORCH_SPARSE
 
-from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree
+from lightning_hpo import CommunityPruning, DAGCommunityDetector, GraphDegree, checked_graphs
 from lightning_hpo.demos.graph_data import planted_partition
 from lightning_hpo.functional.graphs.dag import balance, community_sums, effective_communities, soft_modularity
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
 from lightning_hpo.graph_data import graph_of
 from lightning_hpo.testing import tiny_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*still dying when training ended")
 
 WEIGHTS = {"reconstruction_weight": 0.7, "modularity_weight": 1.3, "sparsity_weight": 0.2, "balance_weight": 0.4}
 
@@ -87,7 +90,7 @@ def test_reconstruction_comes_first_and_leaves_the_readout_without_gradient():
     with pytest.warns(UserWarning, match="nothing is pruned in 3 epochs"):
         trainer = fit(model, epochs=3)
     assert all(torch.equal(value, before[name]) for name, value in model.readout.state_dict().items())
-    assert "dag/reconstruction" in trainer.callback_metrics
+    assert trainer.callback_metrics["dag/loss"] == trainer.callback_metrics["dag/reconstruction"]  # to be monitored
     assert "dag/soft_modularity" not in trainer.callback_metrics
 
 
@@ -218,6 +221,20 @@ def test_a_graph_in_parts_is_learned():
     assert scores["test_ari"] >= 0.9
 
 
+@pytest.mark.skipif(not (WITH_PYG_LIB or WITH_TORCH_SPARSE), reason="NeighborLoader needs pyg-lib or torch-sparse")
+@pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without a 'pyg-lib'")
+@pytest.mark.parametrize("kind", ["directional", "bidirectional", "induced"])
+def test_neighbourhoods_of_a_graph_are_learned(kind):
+    data = GraphDegree()(planted_partition(4, 50))
+    torch.manual_seed(0)
+    model = DAGCommunityDetector(16, 16, 32, warmup_epochs=20, ramp_epochs=10, lr=3e-3)
+    loader = NeighborLoader(data, num_neighbors=[5, 5], batch_size=40, shuffle=True, subgraph_type=kind)
+    tiny_trainer(CommunityPruning(warmup=10, every=2), max_epochs=60).fit(model, loader)
+    (scores,) = tiny_trainer().test(model, DataLoader([data]), verbose=False)
+    assert scores["test_communities"] == 4
+    assert scores["test_ari"] >= 0.9
+
+
 # Graphs that are of no use, or need mending
 
 
@@ -237,6 +254,8 @@ def test_a_graph_in_parts_is_learned():
         ({"x": torch.full((60, 16), float("nan"))}, "not finite in 60 of 60 nodes"),
         ({"x": torch.ones(60, 5)}, "in_channels is 16, but nodes have 5 attributes"),
         ({"x": torch.ones(60, 16, dtype=torch.long)}, "dense floating-point matrix"),
+        ({"x": torch.full((60, 16), 1e300, dtype=torch.float64)}, "not finite in 60 of 60 nodes"),  # in float32
+        ({"edge_index": [[0], [1]]}, "whole numbers of shape .*, got list"),
     ],
 )
 def test_graphs_of_no_use(changes, problem):
@@ -252,9 +271,52 @@ def test_all_problems_of_a_graph_are_listed():
         fit(detector(max_communities=61), data, epochs=3)
 
 
+@pytest.mark.filterwarnings("ignore:Unable to accurately infer 'num_nodes'")  # torch-geometric's own
+def test_attributes_that_are_not_there():
+    for use in (lambda data: fit(detector(), data), lambda data: detector().predict_communities(data)):
+        with pytest.raises(
+            ValueError, match="no attributes `x`; take them from the structure with .*LocalDegreeProfile"
+        ):
+            use(graph(x=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"x": torch.full((60, 16), float("nan"))}, "not finite in 60 of 60 nodes"),
+        ({"edge_index": torch.zeros(2, 0, dtype=torch.long)}, r"no edges \(m = 0\)"),
+        ({"x": torch.ones(60, 5)}, "in_channels is 16, but nodes have 5 attributes"),
+    ],
+)
+def test_every_graph_of_a_loader_is_looked_at(changes, problem):
+    with pytest.raises(ValueError, match=problem):
+        tiny_trainer(CommunityPruning(0, 1), max_epochs=4).fit(detector(), DataLoader([graph(), graph(**changes)]))
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing is pruned in")
+def test_graphs_are_looked_at_in_the_first_epoch_of_each_fit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checked_graphs, "graph_problems", lambda graph, *_: seen.append(graph) or [])
+    model = detector()
+    for fits in (1, 2):
+        fit(model, epochs=4, callback=CommunityPruning())
+        assert len(seen) == fits
+
+
+def test_parts_may_have_no_edges():
+    data = GraphDegree()(planted_partition(3, 40, p_in=0.02, p_out=0))
+    parts = RandomNodeLoader(data, num_parts=12)
+    assert min(part.num_edges for part in parts) == 0
+    trainer = tiny_trainer(CommunityPruning(warmup=0, every=1), max_epochs=5)
+    trainer.fit(detector(max_communities=4), parts)
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+
+
 def test_a_batch_that_is_no_graph():
     with pytest.raises(TypeError, match=r"must be a `torch_geometric.data.Data`, got `list`"):
         tiny_trainer(CommunityPruning(), max_epochs=60).fit(detector(), torch.utils.data.DataLoader([[1]]))
+    with pytest.raises(TypeError, match=r"must be a `torch_geometric.data.Data`, got `Tensor`"):
+        tiny_trainer().test(detector(), torch.utils.data.DataLoader([torch.ones(3)]), verbose=False)
 
 
 def test_directed_edges_are_mended_with_a_warning_or_refused():
@@ -269,6 +331,21 @@ def test_directed_edges_are_mended_with_a_warning_or_refused():
     assert all(torch.equal(value, both.state_dict()[name]) for name, value in mended.state_dict().items())
     with pytest.raises(ValueError, match="edges are directed; give both directions, or `symmetrize=True`"):
         fit(detector(symmetrize=False), half)
+    with pytest.raises(ValueError, match="edges are directed"):
+        detector(symmetrize=False).predict_communities(half)
+
+
+def test_a_graph_is_asked_about_whatever_was_trained_on():
+    half = graph()
+    half.edge_index = half.edge_index[:, half.edge_index[0] < half.edge_index[1]]
+    model = detector()
+    fit(model)
+    with pytest.warns(UserWarning, match="edges are directed; missing directions are added"):
+        found = model(half)
+    torch.testing.assert_close(found, model(graph()))
+    assert torch.equal(found.argmax(1), model(graph()).argmax(1))
+    with pytest.raises(ValueError, match="not finite in 60 of 60 nodes"):
+        model(graph(x=torch.full((60, 16), float("nan"))))
 
 
 def test_loops_and_repeated_edges_are_left_out():
@@ -288,7 +365,12 @@ def test_loops_and_repeated_edges_are_left_out():
         ({"replace_rate": -0.1}, "replace_rate must lie between 0 and 1"),
         ({"gamma": 0.5}, "gamma must lie between 1 and inf, got 0.5"),
         ({"sparsity_weight": -1.0}, "sparsity_weight must lie between 0 and inf"),
-        ({"seed": 2**32}, "seed must lie between 0 and 4.29497e"),
+        ({"seed": 2**32}, r"seed must be an integer from 0 to 2\*\*32 - 1, got 4294967296"),
+        (
+            {"lr": "0.1", "mask_rate": None, "dropout": "x", "symmetrize": "no", "seed": True},
+            "dropout must be at least 0 and below 1, got 'x'; mask_rate must .* got None; lr must .* got '0.1'; "
+            r"seed must be .* got True; symmetrize must be true or false, got 'no'",
+        ),
         ({"warmup_epochs": 1.5, "lr": 0.0}, "warmup_epochs must be an integer .* got 1.5; lr must lie"),
         ({"heads": 3}, "hidden_channels must be a multiple of heads, got 16 and 3"),
         ({"heads": 3, "dropout": 1.0, "mask_rate": 1.0}, "multiple of heads, .*; dropout must be .*; mask_rate must"),
@@ -307,7 +389,7 @@ def test_a_rate_that_masks_nothing():
 def test_parts_with_fewer_nodes_than_communities():
     loader = RandomNodeLoader(GraphDegree()(graph()), num_parts=12)
     with pytest.raises(ValueError, match="a batch of 5 nodes has not 8; take larger batches"):
-        tiny_trainer(CommunityPruning(warmup=0), max_epochs=4).fit(detector(), loader)
+        tiny_trainer(CommunityPruning(warmup=0, every=1), max_epochs=4).fit(detector(), loader)
 
 
 def test_loaders_without_a_length():

@@ -3,15 +3,22 @@
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
-from lightning_hpo import CommunityPruning, DAGCommunityDetector
+from lightning_hpo import CommunityPruning, DAGCommunityDetector, distributed
+from lightning_hpo.callbacks import dag as pruned
 from lightning_hpo.demos.graph_data import planted_partition
+from lightning_hpo.functional.graphs.k_means import k_means
 from lightning_hpo.functional.graphs.masked_attributes import AttributeMask
+from lightning_hpo.functional.graphs.pruning import partition_sums
 from lightning_hpo.models import dag
-from lightning_hpo.testing import assert_same, fit
-from lightning_hpo.testing.run import fit_two_ranks
+from lightning_hpo.testing import ResumableLoader, assert_same, fit
+from lightning_hpo.testing.run import Recorder, fit_two_ranks, tiny_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*still dying when training ended")
 
 SMALL = {"max_communities": 8, "hidden_channels": 16, "heads": 2, "warmup_epochs": 2, "ramp_epochs": 2, "lr": 0.01}
 
@@ -92,3 +99,68 @@ def test_two_ranks_with_parts_are_one_process_with_both(monkeypatch):
 def start(model, graph):
     """As ever, but the spread is a number of its own: a part's is not that of the whole."""
     model.readout.start_from(dag.k_means(), torch.tensor(30.0), 5.0)
+
+
+def test_ranks_with_one_graph_take_what_rank_0_finds(monkeypatch):
+    """GPUs round each in its own way; here rank 1 is far off."""
+
+    def off(points, *arguments):
+        return k_means(points, *arguments) + distributed.rank()
+
+    def turned(scores, *arguments):
+        return partition_sums(scores.roll(distributed.rank(), 1), *arguments)
+
+    monkeypatch.setattr(dag, "k_means", off)
+    monkeypatch.setattr(pruned, "partition_sums", turned)
+    first, second = fit_two_ranks(pruning, detector, OneGraph, batch_size=4, max_steps=8)
+    for what in ("module", "method", "knobs"):
+        assert_same(getattr(first, what), getattr(second, what), what)
+    assert first.method["history"][-1] < 8
+
+
+class PartsInTurn(LightningDataModule):
+    """Two batches an epoch on each rank, of graphs of different sizes."""
+
+    def train_dataloader(self):
+        sizes = [(20, 15), (12, 25)][self.trainer.global_rank]
+        graphs = [planted_partition(3, size, seed=seed) for seed, size in enumerate(sizes)]
+        return ResumableLoader(Own(graphs), sampler=Own(range(2)), **{**JOINED, "batch_size": 1})
+
+
+def run(folder, ckpt_path=None, **limits):
+    """Two ranks, with every step saved; the outcome of both."""
+    method = CommunityPruning(warmup=0, every=2, min_size=5)
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    trainer = tiny_trainer(
+        method, Recorder(method, folder), saver, devices=2, strategy=strategy, use_distributed_sampler=False, **limits
+    )
+    trainer.fit(detector(), PartsInTurn(), ckpt_path=ckpt_path)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("step", [3, 7])  # before the search, and between two batches of a pruning
+def test_ranks_with_parts_go_on_as_they_would_have(step, tmp_path):
+    whole = run(tmp_path / "first", max_steps=14)
+    rest = run(tmp_path / "second", str(tmp_path / "first" / f"step={step}.ckpt"), max_steps=14)
+    for once, again in zip(whole, rest, strict=True):
+        assert again["losses"] == once["losses"][step:]
+        for what in ("module", "method"):
+            assert_same(once[what], again[what], what)
+    assert whole[0]["method"]["history"]
+
+
+class TwoGraphs(LightningDataModule):
+    """A graph on each of two ranks, or both on one."""
+
+    def test_dataloader(self):
+        return DataLoader([planted_partition(3, 20, seed=seed) for seed in (0, 1)])
+
+
+@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
+def test_ranks_with_graphs_of_their_own_report_the_mean():
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    (two,) = tiny_trainer(devices=2, strategy=strategy).test(detector(), TwoGraphs(), verbose=False)
+    (one,) = tiny_trainer().test(detector(), TwoGraphs(), verbose=False)
+    assert two == pytest.approx(one)

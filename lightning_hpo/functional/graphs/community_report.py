@@ -73,7 +73,7 @@ def label_free_report(labels: Tensor, edge_index: Tensor, attributes: Tensor) ->
         The report.
 
     Raises:
-        ValueError: If lengths do not fit, or there are no edges.
+        ValueError: If lengths or edges do not fit, attributes are not finite, or there are no edges.
 
     Example:
         >>> edges = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]])
@@ -86,8 +86,11 @@ def label_free_report(labels: Tensor, edge_index: Tensor, attributes: Tensor) ->
             f"labels must be whole numbers (N,) and attributes (N, F) with the same N, got {tuple(labels.shape)} "
             f"{labels.dtype} and {tuple(attributes.shape)}"
         )
+    if not attributes.isfinite().all():
+        raise ValueError("attributes must be finite")
     found, community = labels.unique(return_inverse=True)
     member = F.one_hot(community, len(found)).double()
+    modularity = soft_modularity(member, edge_index).item()  # asks about edges, too
     sizes = member.sum(0)
     degree = node_degree(edge_index, len(labels)).double()
     volume = degree @ member
@@ -100,7 +103,7 @@ def label_free_report(labels: Tensor, edge_index: Tensor, attributes: Tensor) ->
     return LabelFreeCommunityReport(
         n_communities=len(found),
         sizes=tuple(int(size) for size in sizes.sort(descending=True).values),
-        modularity=soft_modularity(member, edge_index).item(),
+        modularity=modularity,
         coverage=1 - crossing.double().mean().item(),
         conductance=conductance.item(),
         cosine_inside=inside,

@@ -43,7 +43,7 @@ class CommunitySums(NamedTuple):
     nodes: Tensor
 
     def modularity(self, degree_share: Tensor | None = None) -> Tensor:
-        r"""Soft modularity.
+        r"""Soft modularity; of a part without edges, what its nodes take away from that of the whole.
 
         .. math::
 
@@ -60,8 +60,20 @@ class CommunitySums(NamedTuple):
             >>> community_sums(P, torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]])).modularity()
             tensor(0.5000)
         """
-        share = self.degree_mass / self.degree_mass.sum() if degree_share is None else degree_share
-        return self.inside / self.ends - share.square().sum()
+        share = self.degree_share() if degree_share is None else degree_share
+        return self.inside / self.ends.clamp_min(1) - share.square().sum()
+
+    def degree_share(self) -> Tensor:
+        r"""Each column's share of the edge ends, :math:`d^\top P / 2m`.
+
+        Returns:
+            Shape ``(K,)``; zeros where no node has an edge.
+
+        Example:
+            >>> community_sums(torch.eye(3), torch.tensor([[0, 1, 0, 2], [1, 0, 2, 0]])).degree_share()
+            tensor([0.5000, 0.2500, 0.2500])
+        """
+        return self.degree_mass / self.degree_mass.sum().clamp_min(_TINY)
 
     def sparsity(self) -> Tensor:
         r"""Group sparsity, each column of P a group: :math:`\sum_k \|P_{:,k}\|_2`.
@@ -175,6 +187,8 @@ def soft_modularity(membership: Tensor, edge_index: Tensor) -> Tensor:
         problems.append(f"edge_index must be integers (2, E), got {tuple(edge_index.shape)} {edge_index.dtype}")
     elif edge_index.shape[1] == 0:
         problems.append("there are no edges: modularity is undefined")
+    elif int(edge_index.min()) < 0:
+        problems.append(f"edge_index goes down to {int(edge_index.min())}")
     elif not problems and int(edge_index.max()) >= len(membership):
         problems.append(f"edge_index goes up to {int(edge_index.max())}, but there are {len(membership)} nodes")
     if problems:

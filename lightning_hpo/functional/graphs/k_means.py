@@ -9,7 +9,8 @@ __all__ = ["k_means"]
 def k_means(points: Tensor, count: int, generator: torch.Generator | None = None, iterations: int = 30) -> Tensor:
     """Centres by k-means++ and Lloyd's iterations.
 
-    A centre that loses all of its points stays where it is.
+    A centre that loses all of its points stays where it is. Points stay on their device, and draws come from a
+    generator whose position can be saved.
 
     Args:
         points: Shape ``(N, F)``.

@@ -106,8 +106,8 @@ def keep_communities(
         return live & ~_smallest(sizes, small, at_most=max(1, int(live.sum()) // 2))
     nodes, left = sizes.sum(), live.sum()
     counts = torch.cat([(left - 1).expand(len(live)), left[None]]).clamp_min(1).to(sizes.dtype)
-    share = sums.degree_mass / sums.degree_mass.sum(1, keepdim=True)
-    modularity = sums.inside / sums.ends - share.square().sum(1)
+    share = sums.degree_mass / sums.degree_mass.sum(1, keepdim=True).clamp_min(1)
+    modularity = sums.inside / sums.ends.clamp_min(1) - share.square().sum(1)
     sparsity = sums.sizes.sqrt().sum(1) / nodes.sqrt()
     balance = counts.sqrt() / nodes * sums.sizes.square().sum(1).sqrt() - 1
     loss = -modularity_weight * modularity + sparsity_weight * sparsity + balance_weight * balance

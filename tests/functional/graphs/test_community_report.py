@@ -46,3 +46,8 @@ def test_one_community():
 def test_shapes_are_named():
     with pytest.raises(ValueError, match=r"with the same N, got \(3,\)"):
         label_free_report(torch.zeros(3, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long), torch.eye(2))
+    labels = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="edge_index goes up to 5, but there are 2 nodes"):
+        label_free_report(labels, torch.tensor([[0], [5]]), torch.eye(2))
+    with pytest.raises(ValueError, match="attributes must be finite"):
+        label_free_report(labels, torch.tensor([[0, 1], [1, 0]]), torch.full((2, 2), float("nan")))

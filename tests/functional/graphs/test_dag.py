@@ -172,8 +172,22 @@ def test_isolated_nodes_have_degree_zero():
         (torch.ones(3, 2), torch.zeros(3, 1), r"edge_index must be integers \(2, E\), got \(3, 1\)"),
         (torch.ones(3, 2), torch.zeros(2, 0, dtype=torch.long), "no edges: modularity is undefined"),
         (torch.ones(3, 2), torch.tensor([[0], [7]]), "edge_index goes up to 7, but there are 3 nodes"),
+        (torch.ones(3, 2), torch.tensor([[0], [-1]]), "edge_index goes down to -1"),
     ],
 )
 def test_wrong_arguments_are_named(membership, edges, problem):
     with pytest.raises(ValueError, match=problem):
         soft_modularity(membership, edges)
+
+
+def test_a_part_without_edges_has_a_modularity_and_a_slope():
+    scores = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    none = torch.empty(2, 0, dtype=torch.long)
+    for degree, share in ((torch.tensor([1, 0, 2, 0]), True), (torch.zeros(4, dtype=torch.long), False)):
+        P = scores.softmax(1)
+        found = community_sums(P, none, degree).modularity()
+        expected = -(degree.double() @ P / 3).square().sum() if share else torch.zeros((), dtype=torch.float64)
+        torch.testing.assert_close(found, expected)
+        (slope,) = torch.autograd.grad(found, scores)
+        assert slope.isfinite().all()
+        assert bool(slope.any()) == share

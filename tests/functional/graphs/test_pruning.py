@@ -109,3 +109,14 @@ def test_sums_of_parts_add_up(graph):
     parts = [partition_sums(scores[s], live, edges, degree) for s in (slice(20), slice(20, 40))]
     whole = partition_sums(scores, live, torch.cat([edges, edges + 20], dim=1), torch.ones(40))
     torch.testing.assert_close(PartitionSums(*(a + b for a, b in zip(*parts, strict=True))), whole)
+
+
+def test_without_an_edge_numbers_decide():
+    live, none = torch.ones(3, dtype=torch.bool), torch.empty(2, 0, dtype=torch.long)
+    scores = torch.tensor([[2.0, 1.0, 0.0]] * 5 + [[0.0, 2.0, 1.0]] * 5 + [[0.0, 1.0, 2.0]] * 2)
+    sums = partition_sums(scores, live, none, torch.zeros(12))
+    assert keep_communities(sums, live, 1, 1.0, 1.0, 0.0).tolist() == [
+        False,
+        True,
+        True,
+    ]  # roots of 10 and 2 are less than of 5 and 7
