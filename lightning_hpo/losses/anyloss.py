@@ -1,8 +1,8 @@
 """Any classification metric as a loss."""
 
-import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +11,13 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.functional.objectives.anyloss import dead_share, lacks_a_class, soft_sums
-from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems, surrogate_problems
-from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange
+from lightning_hpo.functional.objectives.anyloss_arguments import batch_problems, metric_problems, surrogate_problems
+from lightning_hpo.functional.objectives.anyloss_inputs import (
+    Inputs,
+    arrange,
+    look_like_probabilities,
+    range_problems,
+)
 from lightning_hpo.functional.objectives.anyloss_metrics import (
     FROM_MATRIX,
     Average,
@@ -100,8 +105,7 @@ class AnyLoss(nn.Module):
         super().__init__()
         problems = metric_problems(metric, task, average, beta)
         problems += surrogate_problems(surrogate, amplification, threshold, width, task)
-        if running is not None and not 0 <= running < 1:
-            problems.append(f"running must be None or a decay from 0 to below 1, got {running!r}")
+        problems += batch_problems(running, ignore_index)
         if problems:
             raise ValueError(f"`AnyLoss`: {'; '.join(problems)}.")
         self.metric: MetricName | CountsMetric = metric
@@ -124,9 +128,9 @@ class AnyLoss(nn.Module):
     @amplification.setter
     def amplification(self, value: float) -> None:
         old = self.surrogate
-        if not 0 < value < math.inf:
-            raise ValueError(f"amplification must be a positive number, got {value!r}")
-        self.surrogate = Surrogate(old.name, float(value), old.threshold, old.width)
+        if problems := surrogate_problems(old.name, value, old.threshold, old.width, self.task):
+            raise ValueError(f"`AnyLoss`: {'; '.join(problems)}.")
+        self.surrogate = replace(old, amplification=float(value))
 
     @override
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -136,8 +140,13 @@ class AnyLoss(nn.Module):
     def arranged(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Inputs:
         """Checked logits and targets in full precision."""
         inputs = arrange(logits, target, self.task, weight, self.ignore_index, self.from_logits)
-        suspect = self.from_logits and not torch.compiler.is_compiling() and self._watch.suspects_probabilities(inputs)
-        if not torch.compiler.is_compiling() and (problems := self._watch.problems(inputs)):
+        problems, suspect = [], False
+        if not torch.compiler.is_compiling():
+            if self._watch.first:
+                problems = range_problems(None if self.from_logits else logits, weight)
+                suspect = self.from_logits and look_like_probabilities(inputs.logits, self.task)
+            problems += self._watch.problems(inputs)
+        if problems:
             raise ValueError(f"`AnyLoss`: {'; '.join(problems)}.")
         if suspect:
             warnings.warn(

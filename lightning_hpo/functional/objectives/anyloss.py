@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems
 from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange
 from lightning_hpo.functional.objectives.anyloss_metrics import (
     FROM_MATRIX,
@@ -44,7 +45,7 @@ def soft_sums(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", matri
     logits, target, weight = inputs
     if task == "multiclass":
         return _class_sums(inputs, surrogate, matrix)
-    if task == "binary" and weight is None:
+    if task == "binary" and weight is None and not torch.compiler.is_compiling():  # a compiler has its own way
         tp, predicted = _SoftSums.apply(logits, target, surrogate)
         return torch.stack([tp, predicted, target.sum(), torch.full_like(tp, target.numel())])[:, None]
     soft = surrogate(logits)
@@ -151,7 +152,7 @@ def anyloss(
         A scalar.
 
     Raises:
-        ValueError: If shapes do not fit; values of targets are not looked at here.
+        ValueError: If shapes or arguments do not fit; values of targets are not looked at here.
 
     References:
         Han, Moniz and Chawla, "AnyLoss: Transforming Classification Metrics into Loss Functions", 2024, section 3.
@@ -163,6 +164,8 @@ def anyloss(
         >>> 1 - anyloss(logits, target, "f1", surrogate=Surrogate(amplification=1e6))  # 1 found, 1 missed, 1 false
         tensor(0.5000)
     """
+    if problems := metric_problems(metric, task, average, beta):
+        raise ValueError(f"`anyloss`: {'; '.join(problems)}.")
     inputs = arrange(logits, target, task, weight, ignore_index)
     sums = soft_sums(inputs, surrogate or Surrogate(), task, task == "multiclass" and metric in FROM_MATRIX)
     return 1 - score(sums if reduce is None else reduce(sums), metric, task, average, beta)

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["SURROGATES", "Surrogate", "SurrogateName"]
+__all__ = ["STEEPNESS", "SURROGATES", "Surrogate", "SurrogateName"]
 
 SurrogateName = Literal["anyloss", "sol-uniform", "sol-cosine", "sigmoid"]
 SURROGATES = ("anyloss", "sol-uniform", "sol-cosine", "sigmoid")
-_STEEPNESS = {"anyloss": 73.0, "sigmoid": 1.0}  # the papers'
+STEEPNESS = {"anyloss": 73.0, "sigmoid": 1.0}  # of those that have an amplification; the papers'
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Surrogate:
     @property
     def steepness(self) -> float:
         """The amplification in force; 1 where there is none."""
-        return self.amplification if self.amplification is not None else _STEEPNESS.get(self.name, 1.0)
+        return self.amplification if self.amplification is not None else STEEPNESS.get(self.name, 1.0)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Soft decisions of the same shape."""
