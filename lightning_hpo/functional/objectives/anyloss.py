@@ -21,7 +21,7 @@ from lightning_hpo.functional.objectives.anyloss_surrogates import Surrogate
 
 __all__ = ["anyloss", "dead_share", "lacks_a_class", "soft_counts", "soft_sums"]
 
-_CHUNK = 65_536  # samples whose intermediate values stay in the processor's cache
+_CHUNK = 131_072  # samples whose intermediate values stay in the processor's cache
 
 
 def soft_sums(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", matrix: bool = False) -> Tensor:
@@ -59,15 +59,19 @@ def soft_sums(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", matri
 
 def _class_sums(inputs: Inputs, surrogate: Surrogate, matrix: bool) -> Tensor:
     logits, target, weight = inputs
-    soft = surrogate.of_classes(logits)
-    soft = soft / soft.sum(1, keepdim=True)  # the winner has at least a half: never 0
-    members = torch.zeros_like(soft).scatter(1, target[:, None], 1.0)  # a product with it is deterministic
-    members = members if weight is None else members * weight[:, None]
+    soft = surrogate.of_classes(logits.T, 0)  # classes in rows: torch is several times as quick along long rows
+    share = 1 / soft.sum(0)  # the winner has at least a half: never 0
+    weight = torch.ones_like(share) if weight is None else weight
+
+    def placed(values: Tensor) -> Tensor:  # to each sample's class; products with it are deterministic everywhere
+        return torch.zeros_like(soft).scatter(0, target[None], values[None])
+
     if matrix:
-        return members.T @ soft
-    positive = members.sum(0)
-    predicted = soft.sum(0) if weight is None else weight @ soft
-    return torch.stack([(members * soft).sum(0), predicted, positive, positive.sum().expand_as(positive)])
+        return placed(weight * share) @ soft.T
+    members = placed(weight)
+    tp = members @ (soft.gather(0, target[None])[0] * share)
+    positive = members.sum(1)
+    return torch.stack([tp, soft @ (weight * share), positive, positive.sum().expand_as(positive)])
 
 
 class _SoftSums(torch.autograd.Function):
@@ -101,7 +105,7 @@ class _SoftSums(torch.autograd.Function):
             return (of_predicted + target * of_tp) * ctx.surrogate.slope(logits), None, None
         gradient = torch.empty_like(logits)
         for part in _pieces(logits):
-            torch.addcmul(of_predicted, target[part], of_tp, out=gradient[part])
+            torch.mul(target[part], of_tp, out=gradient[part]).add_(of_predicted)
             gradient[part].mul_(ctx.surrogate.slope(logits[part]))
         return gradient, None, None
 

@@ -202,7 +202,44 @@ def test_higher_derivatives_and_transforms_of_the_fused_sums():
         torch.func.jvp(function, (z,), (tangent,))[1], torch.func.jvp(plain, (z,), (tangent,))[1]
     )
     batch = torch.stack([z, -z, 2 * z])
-    torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([plain(row) for row in batch]))
+    for of in (lambda f: f, torch.func.grad):
+        torch.testing.assert_close(torch.func.vmap(of(function))(batch), torch.stack([of(plain)(row) for row in batch]))
+
+
+@pytest.mark.parametrize("metric", ["f1", "mcc"])
+def test_higher_derivatives_and_transforms_of_classes(metric):
+    logits, target = draw("multiclass", n=6)
+
+    def function(z):
+        return anyloss(z, target, metric, "multiclass", surrogate=Surrogate(amplification=9.0))
+
+    assert torch.autograd.gradgradcheck(function, logits.requires_grad_(), atol=1e-5)
+    z = logits.detach()
+    (expected,) = torch.autograd.grad(function(logits), logits)
+    tangent = torch.linspace(-1, 1, z.numel(), dtype=torch.float64).view_as(z)
+    torch.testing.assert_close(torch.func.grad(function)(z), expected)
+    torch.testing.assert_close(torch.func.jvp(function, (z,), (tangent,))[1], (expected * tangent).sum())
+    batch = torch.stack([z, -z, 2 * z])
+    torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([function(row) for row in batch]))
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_ties_are_shared_and_impossible_classes_are_never_predicted(name):
+    soft = Surrogate(name)
+    tied = soft_sums(arrange(torch.zeros(4, 3), torch.tensor([0, 1, 2, 2]), "multiclass"), soft, "multiclass", True)
+    torch.testing.assert_close(tied, torch.tensor([[1.0], [1.0], [2.0]]).expand(3, 3) / 3)
+    logits, target = draw("multiclass")
+    logits[:, 3] = -torch.inf  # a mask, as of labels that cannot be
+    target = target.clamp(max=2)
+    logits.requires_grad_()
+    loss = anyloss(logits, target, "f1", "multiclass", surrogate=soft)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    rest = soft_sums(arrange(logits[:, :3], target, "multiclass"), soft, "multiclass", matrix=True)
+    masked = soft_sums(arrange(logits, target, "multiclass"), soft, "multiclass", matrix=True)
+    assert (masked[:, 3] <= masked[:, :3].amin(1)).all()
+    if name in ("sol-uniform", "sigmoid"):
+        torch.testing.assert_close(masked[:3, :3], rest)
 
 
 def test_many_samples_are_summed_in_pieces_without_a_difference():
