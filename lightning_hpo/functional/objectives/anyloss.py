@@ -45,7 +45,7 @@ def soft_sums(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", matri
     logits, target, weight = inputs
     if task == "multiclass":
         return _class_sums(inputs, surrogate, matrix)
-    if task == "binary" and weight is None and not torch.compiler.is_compiling():  # a compiler has its own way
+    if task == "binary" and weight is None and logits.numel() > _CHUNK and not torch.compiler.is_compiling():
         tp, predicted = _SoftSums.apply(logits, target, surrogate)
         return torch.stack([tp, predicted, target.sum(), torch.full_like(tp, target.numel())])[:, None]
     soft = surrogate(logits)
@@ -75,7 +75,7 @@ def _class_sums(inputs: Inputs, surrogate: Surrogate, matrix: bool) -> Tensor:
 
 
 class _SoftSums(torch.autograd.Function):
-    """Sums of soft decisions, in pieces that fit into the cache: as quick as a cross-entropy.
+    """Sums of many soft decisions, in pieces that fit into the cache: as quick as a cross-entropy.
 
     Nothing is kept for the backward pass but the inputs; a piece's decisions are cheaper to make again than to store.
     Second derivatives, forward mode and ``torch.func`` work as for any function of torch.
