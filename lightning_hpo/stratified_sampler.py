@@ -9,6 +9,7 @@ from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
 from lightning_hpo import distributed
+from lightning_hpo.functional.arguments import is_whole
 
 __all__ = ["StratifiedSampler"]
 
@@ -55,7 +56,7 @@ class StratifiedSampler(DistributedSampler[Any]):
         problems = [
             f"{name} must be a whole number of at least {least}, got {value!r}"
             for name, value, least in (("batch_size", batch_size, 1), ("min_per_class", min_per_class, 1))
-            if not isinstance(value, int) or isinstance(value, bool) or value < least
+            if not is_whole(value, least)
         ]
         if labels.ndim != 1 or not labels.numel():
             problems.append(f"labels must be one whole number a sample, got shape {tuple(labels.shape)}")

@@ -1,7 +1,6 @@
 """Any classification metric as a loss."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -159,16 +158,14 @@ class AnyLoss(nn.Module):
 
     def batch_sums(self, inputs: Inputs) -> Tensor:
         """Sums of the batch, of all ranks in training: rows of :func:`soft_sums`, or the C x C matrix."""
-        with _without_autocast(inputs.logits):
-            sums = soft_sums(inputs, self.surrogate, self.task, self._needs_matrix())
+        sums = soft_sums(inputs, self.surrogate, self.task, self.needs_matrix)
         return distributed.sum_with_gradient(sums) if self.sync and self.training else sums
 
     def value(self, sums: Tensor) -> Tensor:
         """The metric of sums, in training of the running ones where there are any."""
-        with _without_autocast(sums):
-            if self.running is not None and self.training:
-                sums = self._with_running(sums)
-            return score(sums, self.metric, self.task, self.average, self.beta)
+        if self.running is not None and self.training:
+            sums = self._with_running(sums)
+        return score(sums, self.metric, self.task, self.average, self.beta)
 
     def dead_share(self, inputs: Inputs) -> Tensor:
         """Share of samples that hardly have a gradient."""
@@ -176,9 +173,11 @@ class AnyLoss(nn.Module):
 
     def lacks_a_class(self, sums: Tensor) -> Tensor:
         """Whether a batch's sums have nothing of a class."""
-        return lacks_a_class(sums, self.task, self._needs_matrix())
+        return lacks_a_class(sums, self.task, self.needs_matrix)
 
-    def _needs_matrix(self) -> bool:
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether the metric is one of the C x C matrix."""
         return self.task == "multiclass" and self.metric in FROM_MATRIX
 
     def _with_running(self, sums: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ class AnyLoss(nn.Module):
         return before * (self._total(sums) / self._total(before)).detach() + (sums - sums.detach())
 
     def _total(self, sums: Tensor) -> Tensor:
-        samples = sums.sum() if self._needs_matrix() else sums[3].amax()
+        samples = sums.sum() if self.needs_matrix else sums[3].amax()
         return samples.clamp(min=torch.finfo(sums.dtype).tiny)
 
     @torch.no_grad()
@@ -199,7 +198,7 @@ class AnyLoss(nn.Module):
         if self.running is None or not self.pending.numel():
             return
         first = self.sums.shape != self.pending.shape
-        counted = self.pending[3] if not self._needs_matrix() else self.pending
+        counted = self.pending[3] if not self.needs_matrix else self.pending
         moved = self.pending if first else self.running * self.sums + (1 - self.running) * self.pending
         # A batch that is not finite, or in which nothing counts, leaves no trace.
         before = torch.zeros_like(moved) if first else self.sums
@@ -229,7 +228,7 @@ class AnyLoss(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """The metric and what is not the default."""
+        """The metric and its soft decision."""
         metric = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "function")
         return f"{metric}, task={self.task}, surrogate={self.surrogate.name}, amplification={self.amplification:g}"
 
@@ -240,8 +239,3 @@ class AnyLoss(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -81,6 +81,19 @@ def test_a_validation_by_itself_counts_too():
     assert fresh == pytest.approx(logged)
 
 
+def test_validation_in_16_bits_counts_whole_samples():
+    net = Net(nn.CrossEntropyLoss(), 3)
+    data = loader(1500, seed=1, classes=3)
+    data = DataLoader(data.dataset, 1500)
+    trainer = tiny_trainer(MetricObjective("f1", "multiclass"), max_epochs=1, precision="bf16-mixed")
+    trainer.fit(net, loader(classes=3), data)
+    x, y = data.dataset.tensors
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(x)
+    expected = tm.multiclass_f1_score(logits.float(), y, 3).item()
+    assert trainer.callback_metrics["anyloss/val_f1"].item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_no_temperature_is_fitted_to_the_sanity_check():
     method = MetricObjective("f1", calibrate=True)
     trainer = tiny_trainer(method, max_epochs=-1, max_steps=3, num_sanity_val_steps=2)  # ends within an epoch

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems
-from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange
+from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange, without_autocast
 from lightning_hpo.functional.objectives.anyloss_metrics import (
     FROM_MATRIX,
     Average,
@@ -44,7 +44,8 @@ def soft_sums(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", matri
     """
     logits, target, weight = inputs
     if task == "multiclass":
-        return _class_sums(inputs, surrogate, matrix)
+        with without_autocast(logits):
+            return _class_sums(inputs, surrogate, matrix)
     if task == "binary" and weight is None and logits.numel() > _CHUNK and not torch.compiler.is_compiling():
         tp, predicted = _SoftSums.apply(logits, target, surrogate)
         return torch.stack([tp, predicted, target.sum(), torch.full_like(tp, target.numel())])[:, None]

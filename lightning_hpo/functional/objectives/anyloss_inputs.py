@@ -1,5 +1,6 @@
 """Logits and targets as a soft confusion matrix wants them, and what can be wrong with them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,15 @@ from torch import Tensor
 
 from lightning_hpo.functional.objectives.anyloss_metrics import Task
 
-__all__ = ["Inputs", "arrange", "look_like_probabilities", "range_problems", "suspicion", "value_problems"]
+__all__ = [
+    "Inputs",
+    "arrange",
+    "look_like_probabilities",
+    "range_problems",
+    "suspicion",
+    "value_problems",
+    "without_autocast",
+]
 
 _FEW = 8  # logits of fewer samples may lie between 0 and 1 by chance
 
@@ -201,3 +210,23 @@ def look_like_probabilities(logits: Tensor, task: Task) -> bool:
     if logits.shape[0] < _FEW or not bool((low >= 0) & (high <= 1) & (high > low)):
         return False
     return task != "multiclass" or bool(((logits.detach().sum(1) - 1).abs() < 1e-2).all())
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Where products of counts are not rounded to 16 bits.
+
+    Args:
+        tensor: On the device that is meant.
+
+    Returns:
+        A context.
+
+    Example:
+        >>> counts = torch.tensor([[301.0]])
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     with without_autocast(counts):
+        ...         counts @ torch.ones(1, 1)
+        tensor([[301.]])
+    """
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

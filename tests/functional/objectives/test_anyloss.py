@@ -415,6 +415,15 @@ def test_half_precision_is_summed_in_full():
     torch.testing.assert_close(anyloss(coarse, y), anyloss(coarse.float(), y))
 
 
+@pytest.mark.parametrize("metric", ["f1", "mcc", "kappa"])
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_autocast_does_not_round_counts(task, metric):
+    logits, target = draw(task, n=999, dtype=torch.float32)
+    expected = anyloss(logits, target, metric, task)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(anyloss(logits, target, metric, task), expected)
+
+
 def test_dead_samples_are_counted():
     p = torch.tensor([0.5, 0.6, 0.65, 0.7, 0.2])
     a = torch.sigmoid(73 * (p - 0.5))
