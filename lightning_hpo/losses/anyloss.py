@@ -173,7 +173,7 @@ class AnyLoss(nn.Module):
 
     def lacks_a_class(self, sums: Tensor) -> Tensor:
         """Whether a batch's sums have nothing of a class."""
-        return lacks_a_class(sums, self.task, self.needs_matrix)
+        return lacks_a_class(sums, self.task, self.needs_matrix, self.ignore_index)
 
     @property
     def needs_matrix(self) -> bool:

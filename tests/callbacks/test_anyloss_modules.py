@@ -119,6 +119,14 @@ def test_batches_of_the_warm_up_need_no_positives():
         trainer.fit(Net(nn.BCEWithLogitsLoss()), data)
 
 
+def test_a_class_that_is_ignored_is_not_missed():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*lacked a class.*")
+        trainer = tiny_trainer(MetricObjective("f1", "multiclass", warmup=0.0), max_epochs=1)
+        trainer.fit(Net(nn.CrossEntropyLoss(ignore_index=2), 3), loader(classes=3))
+    assert trainer.callback_metrics["anyloss/incomplete_batches"].item() == 0
+
+
 def test_few_batches_that_lack_a_class_are_not_none():
     y = torch.cat([torch.arange(16.0) % 2] * 299 + [torch.zeros(16)])
     data = DataLoader(TensorDataset(torch.zeros(len(y), 5), y), 16)

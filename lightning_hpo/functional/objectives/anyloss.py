@@ -217,13 +217,14 @@ def dead_share(inputs: Inputs, surrogate: Surrogate, task: Task = "binary", belo
     return (dead & counted).sum() / counted.sum().clamp(min=1)
 
 
-def lacks_a_class(sums: Tensor, task: Task = "binary", matrix: bool = False) -> Tensor:
+def lacks_a_class(sums: Tensor, task: Task = "binary", matrix: bool = False, ignore_index: int | None = None) -> Tensor:
     """Whether a batch has nothing of a class, or of a label's positives or negatives.
 
     Args:
         sums: Of :func:`soft_sums`, or a stack of those of several batches.
         task: What it is.
         matrix: Whether they are the C x C matrix.
+        ignore_index: A class that never counts is not missed.
 
     Returns:
         True or false, one a batch.
@@ -233,5 +234,8 @@ def lacks_a_class(sums: Tensor, task: Task = "binary", matrix: bool = False) -> 
         tensor(True)
     """
     positive = sums.sum(-1) if matrix else sums[..., 2, :]
+    if task == "multiclass":
+        missed = torch.arange(positive.shape[-1], device=positive.device) != ignore_index
+        return ((positive <= 0) & missed).any(-1)
     lacks = (positive <= 0).any(-1)
-    return lacks if task == "multiclass" else lacks | (positive >= sums[..., 3, :]).any(-1)
+    return lacks | (positive >= sums[..., 3, :]).any(-1)

@@ -395,7 +395,10 @@ def test_batches_that_lack_a_class_are_found():
         assert bool(lacks_a_class(sums)) is lacks
     inputs = arrange(torch.zeros(3, 3), torch.tensor([0, 2, 2]), "multiclass")
     assert lacks_a_class(soft_sums(inputs, Surrogate(), "multiclass"), "multiclass")
-    assert lacks_a_class(soft_sums(inputs, Surrogate(), "multiclass", matrix=True), "multiclass", matrix=True)
+    matrix = soft_sums(inputs, Surrogate(), "multiclass", matrix=True)
+    assert lacks_a_class(matrix, "multiclass", matrix=True)
+    assert not lacks_a_class(matrix, "multiclass", matrix=True, ignore_index=1)
+    assert lacks_a_class(matrix, "multiclass", matrix=True, ignore_index=-100)
 
 
 def test_nan_is_not_hidden():
