@@ -234,8 +234,9 @@ def lacks_a_class(sums: Tensor, task: Task = "binary", matrix: bool = False, ign
         tensor(True)
     """
     positive = sums.sum(-1) if matrix else sums[..., 2, :]
+    missing = positive <= 0
     if task == "multiclass":
-        missed = torch.arange(positive.shape[-1], device=positive.device) != ignore_index
-        return ((positive <= 0) & missed).any(-1)
-    lacks = (positive <= 0).any(-1)
-    return lacks | (positive >= sums[..., 3, :]).any(-1)
+        if ignore_index is not None:
+            missing = missing & (torch.arange(missing.shape[-1], device=missing.device) != ignore_index)
+        return missing.any(-1)
+    return missing.any(-1) | (positive >= sums[..., 3, :]).any(-1)
