@@ -221,8 +221,7 @@ class MetricObjective(MethodCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on calls are training's."""
         every, step = max(trainer.log_every_n_steps, 1), trainer.global_step + 1  # type: ignore[attr-defined]
-        last = trainer.is_last_batch or step == trainer.max_steps
-        self._blended.observes = step % every == 0 or last or not self._shown
+        self._blended.observes = step % every == 0 or step == self._total or not self._shown
         self._phase, self._blended.calls = "training", 0
 
     @override

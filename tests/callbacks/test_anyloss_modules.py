@@ -102,13 +102,11 @@ def test_no_temperature_is_fitted_to_the_sanity_check():
     assert method.hyperparameters() == {"amplification": 10.0, "mix": 0.5}
 
 
-def test_the_end_of_an_epoch_is_logged_however_short_it_is():
-    trainer = tiny_trainer(MetricObjective("f1", warmup=0.0), max_epochs=3, log_every_n_steps=50)
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 18}])
+def test_the_end_of_training_is_logged_however_short_it_is(length):
+    trainer = tiny_trainer(MetricObjective("f1", warmup=0.0), log_every_n_steps=50, **length)
     trainer.fit(Net(nn.BCEWithLogitsLoss()), loader())
     assert trainer.callback_metrics["anyloss/amplification"].item() == pytest.approx(5 * 2 ** (17 / 18))
-    trainer = tiny_trainer(MetricObjective("f1", warmup=0.0), max_epochs=-1, max_steps=3, log_every_n_steps=50)
-    trainer.fit(Net(nn.BCEWithLogitsLoss()), loader())
-    assert trainer.callback_metrics["anyloss/amplification"].item() == pytest.approx(5 * 2 ** (2 / 3))
 
 
 def test_batches_of_the_warm_up_need_no_positives():
