@@ -151,15 +151,14 @@ class MetricObjective(MethodCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the calls of the criterion."""
+        """Takes the calls of the criterion, of a validation by itself, too."""
         if stage not in ("fit", "validate"):
             return
-        if stage == "fit":
-            self.refuse_sharded_strategy(trainer)
-            self.require_automatic_optimization(pl_module)
         self.raise_all(criterion_problems(pl_module, self.criterion, self.task))
         self.release()
         if stage == "fit":
+            self.refuse_sharded_strategy(trainer)
+            self.require_automatic_optimization(pl_module)
             self.objective, self.calibration = self._make(), {}
             self._blended = BlendedLoss(self.objective)
         if self.ignore_index is None:

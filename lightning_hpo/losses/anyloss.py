@@ -11,12 +11,7 @@ from typing_extensions import override
 from lightning_hpo import distributed
 from lightning_hpo.functional.objectives.anyloss import dead_share, lacks_a_class, soft_sums
 from lightning_hpo.functional.objectives.anyloss_arguments import batch_problems, metric_problems, surrogate_problems
-from lightning_hpo.functional.objectives.anyloss_inputs import (
-    Inputs,
-    arrange,
-    look_like_probabilities,
-    range_problems,
-)
+from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange, look_like_probabilities, range_problems
 from lightning_hpo.functional.objectives.anyloss_metrics import (
     FROM_MATRIX,
     Average,
