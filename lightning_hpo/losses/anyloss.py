@@ -62,7 +62,8 @@ class AnyLoss(nn.Module):
         detect_nan: Whether a NaN among the logits is an error, which makes a GPU wait; else the loss is NaN.
 
     Raises:
-        ValueError: If an argument is wrong; all are listed. In a call, if shapes do not fit or targets are none.
+        ValueError: If an argument is wrong; all are listed. In a call, if shapes do not fit or targets are none; in the
+            first, if probabilities or weights are none.
 
     References:
         Han, Moniz and Chawla, "AnyLoss: Transforming Classification Metrics into Loss Functions", 2024, section 3.
