@@ -180,7 +180,7 @@ def one_number(loss: Any) -> Tensor:
         loss: What it gave.
 
     Returns:
-        The same.
+        The same, as a scalar.
 
     Raises:
         ValueError: If it is not a tensor of one number.
@@ -190,7 +190,7 @@ def one_number(loss: Any) -> Tensor:
         Traceback (most recent call last):
         ValueError: the criterion must give a tensor of one number, got a `tuple`
     """
-    if isinstance(loss, Tensor) and not loss.ndim:
-        return loss
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(()) if loss.ndim else loss
     got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a `{type(loss).__name__}`"
     raise ValueError(f"the criterion must give a tensor of one number, got {got}")

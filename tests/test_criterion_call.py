@@ -72,7 +72,9 @@ def test_what_a_loss_leaves_out(loss, expected):
 
 
 def test_a_loss_is_one_number():
-    assert one_number(torch.tensor(2.0)) == 2
+    for given in (torch.tensor(2.0), torch.tensor([2.0])):
+        assert one_number(given).shape == ()
+        assert one_number(given) == 2
     for wrong, named in [(2.0, "a `float`"), (torch.zeros(3), r"shape \(3,\)"), ({}, "a `dict`")]:
         with pytest.raises(ValueError, match=f"one number, got {named}"):
             one_number(wrong)
