@@ -104,8 +104,8 @@ def test_optimizer_of_the_module_is_used_where_none_is_named(config):
         (
             {"trainer__callbacks": [{"class_path": "MetricObjective", "init_args": {"metric": "gmeann"}}]},
             "`trainer.callbacks.init_args.metric` must be one of 'accuracy', 'balanced_accuracy', 'f1', 'fbeta', "
-            "'gmean', 'jaccard', 'kappa', 'mcc', 'precision', 'recall', 'specificity', 'youden', or a function with its "
-            "module, got `gmeann`; did you mean `gmean`?",
+            "'gmean', 'jaccard', 'kappa', 'mcc', 'precision', 'recall', 'specificity', 'youden', or a function with "
+            "its module, got `gmeann`; did you mean `gmean`?",
         ),
         ({"trainer__precision": "17"}, "`trainer.precision` must be one of 64, 32, 16 or one of "),
     ],
