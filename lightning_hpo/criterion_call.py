@@ -1,11 +1,15 @@
 """Standing in for the loss of somebody else's module, and giving it back."""
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["CriterionCall", "criterion_problems", "logits_and_target"]
+__all__ = ["CriterionCall", "criterion_problems", "ignored_target", "logits_and_target", "one_number"]
 
 Replacement = Callable[[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]], Tensor]
 _MISSING = object()
@@ -17,7 +21,8 @@ class CriterionCall:
     """Lets a function answer the calls of a module's loss.
 
     A loss that is a module stays in its place, with its weights, hooks and keys; only what is run when it is called
-    changes. A loss that is a function is replaced on the instance.
+    changes. A loss that is a function is replaced on the instance. Copies, pickles and checkpoints that hold the loss
+    (as a hyperparameter, say) hold it as it was. A compiled training step leaves the replacement out of its graph.
 
     Args:
         owner: The module that has it.
@@ -44,11 +49,7 @@ class CriterionCall:
             path, _, self.attribute = name.rpartition(".")
             self.holder, original = owner.get_submodule(path), loss
         self.before = vars(self.holder).get(self.attribute, _MISSING)
-
-        def answer(*args: Any, **kwargs: Any) -> Tensor:
-            return replacement(original, args, kwargs)
-
-        setattr(self.holder, self.attribute, answer)
+        setattr(self.holder, self.attribute, _Answer(original, torch.compiler.disable(replacement)))
 
     def release(self) -> None:
         """Puts back what was there."""
@@ -56,6 +57,19 @@ class CriterionCall:
             delattr(self.holder, self.attribute)
         else:
             setattr(self.holder, self.attribute, self.before)
+
+
+class _Answer:
+    """What is called in the loss's place."""
+
+    def __init__(self, original: Callable[..., Tensor], replacement: Replacement) -> None:
+        self.original, self.replacement = original, replacement
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.replacement(self.original, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (self.original,)
 
 
 def _find(owner: nn.Module, name: str) -> Any:
@@ -104,10 +118,38 @@ def criterion_problems(owner: nn.Module, name: str, task: str) -> list[str]:
     return problems
 
 
-def logits_and_target(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """What a loss was called with, given as torch's losses name them or by position.
+def ignored_target(owner: nn.Module, name: str) -> int | None:
+    """The target that a loss leaves out, as far as can be seen.
 
     Args:
+        owner: The module that has it.
+        name: Name of the attribute.
+
+    Returns:
+        ``ignore_index`` of a cross-entropy, which may be a module, a function, or a ``partial`` of that.
+
+    Example:
+        >>> net = nn.Module()
+        >>> net.criterion = nn.CrossEntropyLoss(ignore_index=7)
+        >>> ignored_target(net, "criterion")
+        7
+    """
+    loss = _find(owner, name)
+    if isinstance(loss, partial) and "ignore_index" in loss.keywords:
+        found = loss.keywords["ignore_index"]
+    else:
+        loss = loss.func if isinstance(loss, partial) else loss
+        found = -100 if loss is F.cross_entropy else getattr(loss, "ignore_index", None)
+    return found if isinstance(found, int) else None
+
+
+def logits_and_target(
+    loss: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What a loss was called with, given by position or by the names of its first two parameters.
+
+    Args:
+        loss: What was called.
         args: Positional arguments.
         kwargs: Keyword arguments.
 
@@ -118,10 +160,37 @@ def logits_and_target(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
         ValueError: If there is anything else.
 
     Example:
-        >>> logits_and_target((1, 2), {}) == logits_and_target((1,), {"target": 2})
-        True
+        >>> logits_and_target(F.cross_entropy, (1,), {"target": 2})
+        (1, 2)
     """
-    given = dict(zip(("input", "target"), args, strict=False)) | dict(kwargs)
-    if len(args) > 2 or given.keys() != {"input", "target"}:
-        raise ValueError(f"the criterion takes logits and targets only, got {len(args)} and {sorted(kwargs)}")
-    return given["input"], given["target"]
+    names: tuple[str, ...] = ("input", "target")  # torch's
+    if not kwargs.keys() <= set(names):
+        names = tuple(inspect.signature(loss).parameters)[:2]
+    given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+    if len(given) != 2 or len(args) + len(kwargs) != 2:
+        more = "".join(f", `{name}`" for name in kwargs)
+        raise ValueError(f"the criterion takes logits and targets only, got {len(args)} by position{more}")
+    return given[0], given[1]
+
+
+def one_number(loss: Any) -> Tensor:
+    """What a loss gave, if that can be mixed with something else.
+
+    Args:
+        loss: What it gave.
+
+    Returns:
+        The same, as a scalar.
+
+    Raises:
+        ValueError: If it is not a tensor of one number.
+
+    Example:
+        >>> one_number((torch.tensor(1.0), {}))
+        Traceback (most recent call last):
+        ValueError: the criterion must give a tensor of one number, got a `tuple`
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(()) if loss.ndim else loss
+    got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a `{type(loss).__name__}`"
+    raise ValueError(f"the criterion must give a tensor of one number, got {got}")

@@ -101,6 +101,12 @@ def test_optimizer_of_the_module_is_used_where_none_is_named(config):
             "`trainer.callbacks.init_args.monitor` is missing: give it in the file named with `-c` or as "
             "`--trainer.callbacks.init_args.monitor ...`",
         ),
+        (
+            {"trainer__callbacks": [{"class_path": "MetricObjective", "init_args": {"metric": "gmeann"}}]},
+            "`trainer.callbacks.init_args.metric` must be one of 'accuracy', 'balanced_accuracy', 'f1', 'fbeta', "
+            "'gmean', 'jaccard', 'kappa', 'mcc', 'precision', 'recall', 'specificity', 'youden', or a function with "
+            "its module, got `gmeann`; did you mean `gmean`?",
+        ),
         ({"trainer__precision": "17"}, "`trainer.precision` must be one of 64, 32, 16 or one of "),
     ],
 )

@@ -10,10 +10,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_hpo.callbacks.base import MethodCallback
-from lightning_hpo.criterion_call import CriterionCall, criterion_problems, logits_and_target
+from lightning_hpo.criterion_call import (
+    CriterionCall,
+    criterion_problems,
+    ignored_target,
+    logits_and_target,
+    one_number,
+)
+from lightning_hpo.functional.objectives.anyloss_arguments import schedule_problems
 from lightning_hpo.functional.objectives.anyloss_metrics import Average, CountsMetric, MetricName, Task
 from lightning_hpo.functional.objectives.anyloss_schedule import blend_at
-from lightning_hpo.functional.objectives.anyloss_surrogates import SurrogateName
+from lightning_hpo.functional.objectives.anyloss_surrogates import STEEPNESS, SurrogateName
 from lightning_hpo.functional.objectives.temperature import cross_entropy, fit_temperature
 from lightning_hpo.losses.anyloss import AnyLoss
 from lightning_hpo.losses.blended import BlendedLoss
@@ -22,7 +29,7 @@ from lightning_hpo.validation_loader import validation_loader
 
 __all__ = ["MetricObjective"]
 
-_STEEP = {"anyloss": 10.0, "sigmoid": 1.0}  # surrogates with an amplification, and that at the end of training
+_STEEP = {**STEEPNESS, "anyloss": 10.0}  # at the end of training
 
 
 class MetricObjective(MethodCallback):
@@ -55,6 +62,7 @@ class MetricObjective(MethodCallback):
         anneal: Share of the training steps at which the amplification has reached its end.
         mix: :math:`r` after the warm-up.
         running: Decay of running sums, for batches that are too small to tell the metric; ``None`` for none.
+        ignore_index: Target that does not count; by default that of the criterion, if it is a cross-entropy.
         calibrate: Whether to fit a temperature to the logits of the last validation when training ends; it is kept in
             ``temperature`` and the module is not changed.
         total_steps: Optimizer steps of the whole training, where the Trainer cannot tell.
@@ -97,6 +105,7 @@ class MetricObjective(MethodCallback):
         anneal: float = 1.0,
         mix: float = 0.5,
         running: float | None = None,
+        ignore_index: int | None = None,
         calibrate: bool = False,
         total_steps: int | None = None,
     ) -> None:
@@ -105,8 +114,10 @@ class MetricObjective(MethodCallback):
         self.surrogate, self.amplification_start = surrogate, amplification_start
         self.amplification = _steepness(surrogate, metric) if amplification is None else amplification
         self.threshold, self.warmup, self.anneal, self.mix, self.running = threshold, warmup, anneal, mix, running
-        self.calibrate, self.total_steps = calibrate, total_steps
-        problems = self._argument_problems()
+        self.ignore_index, self.calibrate, self.total_steps = ignore_index, calibrate, total_steps
+        problems = schedule_problems(warmup, anneal, mix, amplification_start, total_steps, surrogate)
+        if not isinstance(criterion, str) or not criterion:
+            problems.append(f"criterion must be the name of an attribute, got {criterion!r}")
         try:
             self.objective = self._make()
         except ValueError as error:
@@ -123,24 +134,8 @@ class MetricObjective(MethodCallback):
     def _make(self) -> AnyLoss:
         return AnyLoss(
             self.metric, self.task, self.beta, self.average, self.surrogate, self.amplification, self.threshold,
-            running=self.running,
+            running=self.running, ignore_index=self.ignore_index,
         )  # fmt: skip
-
-    def _argument_problems(self) -> list[str]:
-        start, steps = self.amplification_start, self.total_steps
-        numbers = (self.warmup, self.anneal, self.mix)
-        if not all(isinstance(n, (int, float)) for n in numbers):
-            return [f"warmup, anneal and mix must be numbers, got {numbers!r}"]
-        checks = {
-            f"warmup must be from 0 to below 1, got {self.warmup!r}": 0 <= self.warmup < 1,
-            f"anneal must be from warmup to 1, got {self.anneal!r}": self.warmup <= self.anneal <= 1,
-            f"mix must be above 0 and at most 1, got {self.mix!r}": 0 < self.mix <= 1,
-            f"amplification_start must be a positive number, got {start!r}": start is None or 0 < start < math.inf,
-            f"amplification_start={start!r} has no effect on surrogate={self.surrogate!r}": start is None
-            or self.surrogate in _STEEP,
-            f"total_steps must be at least 1, got {steps!r}": steps is None or steps >= 1,
-        }
-        return [problem for problem, holds in checks.items() if not holds]
 
     @override
     def hyperparameters(self) -> dict[str, float | list[float]]:
@@ -157,18 +152,29 @@ class MetricObjective(MethodCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the calls of the criterion."""
-        if stage != "fit":
+        """Takes the calls of the criterion, of a validation by itself, too."""
+        if stage not in ("fit", "validate"):
             return
-        self.refuse_sharded_strategy(trainer)
-        self.require_automatic_optimization(pl_module)
         self.raise_all(criterion_problems(pl_module, self.criterion, self.task))
         self.release()
-        self.objective, self.calibration, self._phase = self._make(), {}, ""
+        if stage == "fit":
+            self.refuse_sharded_strategy(trainer)
+            self.require_automatic_optimization(pl_module)
+            self.objective, self.calibration = self._make(), {}
+            self._blended = BlendedLoss(self.objective)
+        if self.ignore_index is None:
+            self.objective.ignore_index = ignored_target(pl_module, self.criterion)
         self._call = CriterionCall(pl_module, self.criterion, self._answer)
-        ignored = getattr(self._call.holder, "ignore_index", None)  # of a cross-entropy
-        self.objective.ignore_index = ignored if isinstance(ignored, int) else None
-        self._blended, self._epoch = BlendedLoss(self.objective), EpochMetrics(self.objective, self.calibrate)
+        self._epoch = EpochMetrics(self.objective, keep=self.calibrate and stage == "fit")
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores running sums, if there are any, and the temperature."""
+        sums = bool(state_dict.get("objective"))
+        were, are = ("with" if there else "without" for there in (sums, self.running is not None))
+        if were != are:
+            self.raise_all([f"the checkpoint was written {were} running sums, this is {are}: change `running`."])
+        super().load_state_dict(state_dict)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,6 +193,7 @@ class MetricObjective(MethodCallback):
             except ValueError as error:
                 self.raise_all([f"`calibrate` needs validation data: {error}."])
         self._total, self._seen, self._shown = int(total), trainer.global_step, False
+        self._epoch.reset()  # what was counted before training says nothing
         self.objective.to(pl_module.device)
         self.objective.commits = False  # optimizer steps do
         self._schedule(trainer)
@@ -207,14 +214,14 @@ class MetricObjective(MethodCallback):
             return self._blended(criterion, args, kwargs)
         loss = criterion(*args, **kwargs)
         if self._phase == "validation":
-            self._epoch.add(*logits_and_target(args, kwargs), loss)
+            self._epoch.add(*logits_and_target(criterion, args, kwargs), one_number(loss))
         return loss
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on calls are training's."""
-        every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        self._blended.observes = (trainer.global_step + 1) % every == 0 or not self._shown
+        every, step = max(trainer.log_every_n_steps, 1), trainer.global_step + 1  # type: ignore[attr-defined]
+        self._blended.observes = step % every == 0 or step == self._total or not self._shown
         self._phase, self._blended.calls = "training", 0
 
     @override
@@ -244,12 +251,10 @@ class MetricObjective(MethodCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says how many batches lacked a class."""
         share = self._blended.incomplete_share()
-        if share is None:
-            return
         if share and self.running is None:
             rank_zero_warn(
-                f"`MetricObjective`: {share:.0%} of the epoch's batches lacked a class, and taught nothing about it; "
-                "use larger batches, `StratifiedSampler`, or `running=0.9`."
+                f"`MetricObjective`: {100 * share:.3g}% of the epoch's batches lacked a class, and taught nothing "
+                "about it; use larger batches, `StratifiedSampler`, or `running=0.9`."
             )
 
     # Validation
@@ -285,7 +290,7 @@ class MetricObjective(MethodCallback):
         if self._call is None:
             return
         if not self._epoch.seen():
-            if self.calibrate:
+            if self._epoch.keep:
                 self.raise_all([f"`calibrate` needs a `validation_step` that calls `self.{self.criterion}`."])
             return
         name = self.metric if isinstance(self.metric, str) else "metric"
@@ -297,7 +302,10 @@ class MetricObjective(MethodCallback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fits the temperature, if asked."""
-        if not self.calibrate or not self._epoch.seen():
+        if not self.calibrate:
+            return
+        if not self._epoch.seen():
+            rank_zero_warn("`MetricObjective`: training ended before any validation: no temperature has been fitted.")
             return
         logits, target = self._epoch.kept()
         fitted = fit_temperature(logits, target, self.task)
@@ -305,12 +313,18 @@ class MetricObjective(MethodCallback):
         self.calibration = {"temperature": fitted, "cross_entropy": before, "calibrated_cross_entropy": after}
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the criterion back, also after a validation by itself."""
+        self.release()
+
+    @override
     def release(self) -> None:
-        """Gives the criterion back."""
+        """Gives the criterion back, and forgets what was counted."""
         if self._call is not None:
             self._call.release()
         self._call, self._phase = None, ""
+        self._epoch.reset()
 
 
 def _steepness(surrogate: SurrogateName, metric: MetricName | CountsMetric) -> float | None:
-    return 20.0 if (surrogate, metric) == ("anyloss", "accuracy") else _STEEP.get(surrogate)
+    return 20.0 if (surrogate, metric) == ("anyloss", "accuracy") else _STEEP.get(str(surrogate))

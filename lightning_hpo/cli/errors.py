@@ -71,6 +71,10 @@ def one_line(message: str, options: Iterable[str], classes: Iterable[str]) -> st
             return f"there is no key `{match[1]}`{_nearest(match[1], options)}"
         if line.startswith(_UNKNOWN_CLASS):
             name = line.removeprefix(_UNKNOWN_CLASS)
+            named = [_plain_type(other) for other in lines if other.startswith("Expected a typing.Literal")]
+            if named:  # a name, or a function
+                nearest = _nearest(name, re.findall(r"'(\w+)'", named[0]))
+                return f"`{where}` must be {named[0]}, or a function with its module, got `{name}`{nearest}"
             hint = _nearest(name, classes) or "; give its module too, as in `my_module.MyClass`"
             return f"`{where}`: there is no class `{name}`{hint}"
         if match := re.match(r"unrecognized arguments: (\S+)", line):

@@ -1,8 +1,7 @@
 """Any classification metric as a loss."""
 
-import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from typing_extensions import override
 
 from lightning_hpo import distributed
 from lightning_hpo.functional.objectives.anyloss import dead_share, lacks_a_class, soft_sums
-from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems, surrogate_problems
-from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange
+from lightning_hpo.functional.objectives.anyloss_arguments import batch_problems, metric_problems, surrogate_problems
+from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, arrange, look_like_probabilities, range_problems
 from lightning_hpo.functional.objectives.anyloss_metrics import (
     FROM_MATRIX,
     Average,
@@ -63,7 +62,8 @@ class AnyLoss(nn.Module):
         detect_nan: Whether a NaN among the logits is an error, which makes a GPU wait; else the loss is NaN.
 
     Raises:
-        ValueError: If an argument is wrong; all are listed. In a call, if shapes do not fit or targets are none.
+        ValueError: If an argument is wrong; all are listed. In a call, if shapes do not fit or targets are none; in the
+            first, if probabilities or weights are none.
 
     References:
         Han, Moniz and Chawla, "AnyLoss: Transforming Classification Metrics into Loss Functions", 2024, section 3.
@@ -100,8 +100,7 @@ class AnyLoss(nn.Module):
         super().__init__()
         problems = metric_problems(metric, task, average, beta)
         problems += surrogate_problems(surrogate, amplification, threshold, width, task)
-        if running is not None and not 0 <= running < 1:
-            problems.append(f"running must be None or a decay from 0 to below 1, got {running!r}")
+        problems += batch_problems(running, ignore_index)
         if problems:
             raise ValueError(f"`AnyLoss`: {'; '.join(problems)}.")
         self.metric: MetricName | CountsMetric = metric
@@ -124,9 +123,9 @@ class AnyLoss(nn.Module):
     @amplification.setter
     def amplification(self, value: float) -> None:
         old = self.surrogate
-        if not 0 < value < math.inf:
-            raise ValueError(f"amplification must be a positive number, got {value!r}")
-        self.surrogate = Surrogate(old.name, float(value), old.threshold, old.width)
+        if problems := surrogate_problems(old.name, value, old.threshold, old.width, self.task):
+            raise ValueError(f"`AnyLoss`: {'; '.join(problems)}.")
+        self.surrogate = replace(old, amplification=float(value))
 
     @override
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -136,8 +135,13 @@ class AnyLoss(nn.Module):
     def arranged(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Inputs:
         """Checked logits and targets in full precision."""
         inputs = arrange(logits, target, self.task, weight, self.ignore_index, self.from_logits)
-        suspect = self.from_logits and not torch.compiler.is_compiling() and self._watch.suspects_probabilities(inputs)
-        if not torch.compiler.is_compiling() and (problems := self._watch.problems(inputs)):
+        problems, suspect = [], False
+        if not torch.compiler.is_compiling():
+            if self._watch.first:
+                problems = range_problems(None if self.from_logits else logits, weight)
+                suspect = self.from_logits and look_like_probabilities(inputs.logits, self.task)
+            problems += self._watch.problems(inputs)
+        if problems:
             raise ValueError(f"`AnyLoss`: {'; '.join(problems)}.")
         if suspect:
             warnings.warn(
@@ -150,16 +154,14 @@ class AnyLoss(nn.Module):
 
     def batch_sums(self, inputs: Inputs) -> Tensor:
         """Sums of the batch, of all ranks in training: rows of :func:`soft_sums`, or the C x C matrix."""
-        with _without_autocast(inputs.logits):
-            sums = soft_sums(inputs, self.surrogate, self.task, self._needs_matrix())
+        sums = soft_sums(inputs, self.surrogate, self.task, self.needs_matrix)
         return distributed.sum_with_gradient(sums) if self.sync and self.training else sums
 
     def value(self, sums: Tensor) -> Tensor:
         """The metric of sums, in training of the running ones where there are any."""
-        with _without_autocast(sums):
-            if self.running is not None and self.training:
-                sums = self._with_running(sums)
-            return score(sums, self.metric, self.task, self.average, self.beta)
+        if self.running is not None and self.training:
+            sums = self._with_running(sums)
+        return score(sums, self.metric, self.task, self.average, self.beta)
 
     def dead_share(self, inputs: Inputs) -> Tensor:
         """Share of samples that hardly have a gradient."""
@@ -167,9 +169,11 @@ class AnyLoss(nn.Module):
 
     def lacks_a_class(self, sums: Tensor) -> Tensor:
         """Whether a batch's sums have nothing of a class."""
-        return lacks_a_class(sums, self.task, self._needs_matrix())
+        return lacks_a_class(sums, self.task, self.needs_matrix, self.ignore_index)
 
-    def _needs_matrix(self) -> bool:
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether the metric is one of the C x C matrix."""
         return self.task == "multiclass" and self.metric in FROM_MATRIX
 
     def _with_running(self, sums: Tensor) -> Tensor:
@@ -181,7 +185,7 @@ class AnyLoss(nn.Module):
         return before * (self._total(sums) / self._total(before)).detach() + (sums - sums.detach())
 
     def _total(self, sums: Tensor) -> Tensor:
-        samples = sums.sum() if self._needs_matrix() else sums[3].amax()
+        samples = sums.sum() if self.needs_matrix else sums[3].amax()
         return samples.clamp(min=torch.finfo(sums.dtype).tiny)
 
     @torch.no_grad()
@@ -190,7 +194,7 @@ class AnyLoss(nn.Module):
         if self.running is None or not self.pending.numel():
             return
         first = self.sums.shape != self.pending.shape
-        counted = self.pending[3] if not self._needs_matrix() else self.pending
+        counted = self.pending[3] if not self.needs_matrix else self.pending
         moved = self.pending if first else self.running * self.sums + (1 - self.running) * self.pending
         # A batch that is not finite, or in which nothing counts, leaves no trace.
         before = torch.zeros_like(moved) if first else self.sums
@@ -220,7 +224,7 @@ class AnyLoss(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """The metric and what is not the default."""
+        """The metric and its soft decision."""
         metric = self.metric if isinstance(self.metric, str) else getattr(self.metric, "__name__", "function")
         return f"{metric}, task={self.task}, surrogate={self.surrogate.name}, amplification={self.amplification:g}"
 
@@ -231,8 +235,3 @@ class AnyLoss(nn.Module):
                 own = getattr(self, name)
                 setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"], device=own.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_hpo import distributed
-from lightning_hpo.criterion_call import logits_and_target
+from lightning_hpo.criterion_call import logits_and_target, one_number
 from lightning_hpo.functional.objectives.anyloss_inputs import Inputs
 from lightning_hpo.losses.anyloss import AnyLoss
 
@@ -47,17 +47,18 @@ class BlendedLoss:
     def __call__(self, criterion: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The blend for a batch, given as the criterion is."""
         self.calls += 1
-        logits, target = logits_and_target(args, kwargs)
+        logits, target = logits_and_target(criterion, args, kwargs)
         inputs = self.objective.arranged(logits, target)
         if not self.mix:
             if self.objective.running is not None or self.observes:
                 with torch.no_grad():
                     self._metric(inputs)
-            return criterion(*args, **kwargs)
+                self._incomplete, self._seen = [], []  # they teach with the criterion alone
+            return one_number(criterion(*args, **kwargs))
         value = self._metric(inputs)
         if self.mix == 1:
             return 1 - value
-        return (1 - self.mix) * criterion(*args, **kwargs) + self.mix * (1 - value)
+        return (1 - self.mix) * one_number(criterion(*args, **kwargs)) + self.mix * (1 - value)
 
     def _metric(self, inputs: Inputs) -> Tensor:
         own = self.objective
@@ -77,7 +78,7 @@ class BlendedLoss:
     def incomplete_share(self) -> float | None:
         """Share of the batches that lacked a class since this was asked last; ``None`` without batches.
 
-        Batches of a warm-up need not be counted.
+        Batches of a warm-up are not counted.
         """
         self._look()
         found, self._incomplete = self._incomplete, []

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_hpo import distributed
+from lightning_hpo.functional.objectives.anyloss import soft_sums
 from lightning_hpo.functional.objectives.anyloss_inputs import arrange
+from lightning_hpo.functional.objectives.anyloss_metrics import score
 from lightning_hpo.losses.anyloss import AnyLoss
-from lightning_hpo.losses.soft_confusion_matrix import SoftConfusionMatrix
 from lightning_hpo.losses.value_watch import ValueWatch
 
 __all__ = ["EpochMetrics"]
@@ -31,7 +32,7 @@ class EpochMetrics:
     def __init__(self, objective: AnyLoss, keep: bool = False) -> None:
         self.objective, self.keep = objective, keep
         self._watch = ValueWatch(objective.task)
-        self._counts: list[SoftConfusionMatrix] = []  # soft and hard
+        self._counts: Tensor | None = None  # what soft and hard confusion matrices are made of
         self._sums: Tensor | None = None  # over samples: of losses, of dead ones, of all
         self._kept: list[tuple[Tensor, Tensor]] = []
 
@@ -41,10 +42,9 @@ class EpochMetrics:
         inputs = arrange(logits.detach(), target, own.task, None, own.ignore_index)
         if problems := self._watch.problems(inputs):
             raise ValueError(f"validation {'; '.join(problems)}.")
-        if not self._counts:
-            self._counts = [self._matrix(logits, hard) for hard in (False, True)]
-        for counts in self._counts:
-            counts.update(logits.detach(), target)
+        decisions = (own.surrogate, replace(own.surrogate, name="hard"))
+        counts = torch.stack([soft_sums(inputs, decision, own.task, own.needs_matrix) for decision in decisions])
+        self._counts = counts if self._counts is None else self._counts + counts
         samples = float(len(inputs.target)) if inputs.weight is None else inputs.weight.sum()
         counted = torch.as_tensor(samples, device=logits.device)
         parts = torch.stack([loss.detach().float() * samples, own.dead_share(inputs).float() * samples, counted])
@@ -53,29 +53,22 @@ class EpochMetrics:
             real = slice(None) if inputs.weight is None else inputs.weight > 0
             self._kept.append((inputs.logits[real].cpu(), inputs.target[real].cpu()))
 
-    def _matrix(self, logits: Tensor, hard: bool) -> SoftConfusionMatrix:
-        own, classes = self.objective, None if self.objective.task == "binary" else logits.shape[1]
-        counts = SoftConfusionMatrix(own.task, classes, hard=hard, ignore_index=own.ignore_index, validate_args=False)
-        counts.surrogate = replace(own.surrogate, name="hard") if hard else own.surrogate
-        return counts.to(logits.device)
-
     def results(self) -> dict[str, Tensor]:
         """Metric, soft metric, the excess of that, criterion, and share of dead samples; empty if nothing came.
 
         A collective: call it on all ranks.
         """
-        if self._sums is None:
+        if self._sums is None or self._counts is None:
             return {}
         loss, dead, samples = distributed.sum(self._sums).unbind(0)
         own = self.objective
-        values = [counts.score(own.metric, own.average, own.beta) for counts in self._counts]
-        soft, hard = values
+        soft, hard = (score(c, own.metric, own.task, own.average, own.beta) for c in distributed.sum(self._counts))
         shares = {"criterion": loss / samples, "dead_share": dead / samples}
         return {"metric": hard, "soft": soft, "gap": soft - hard, **shares}
 
     def seen(self) -> bool:
         """Whether every rank has counted something; a collective."""
-        here = torch.tensor(int(bool(self._counts)), device=distributed.device())
+        here = torch.tensor(int(self._sums is not None), device=distributed.device())
         return bool(distributed.minimum(here).item())
 
     def kept(self) -> tuple[Tensor, Tensor]:
@@ -87,7 +80,7 @@ class EpochMetrics:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._counts, self._sums, self._kept = [], None, []
+        self._counts, self._sums, self._kept = None, None, []
 
 
 def _joined(column: Tensor) -> Tensor:

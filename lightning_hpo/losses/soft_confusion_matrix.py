@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_hpo.functional.arguments import is_whole
 from lightning_hpo.functional.objectives.anyloss import soft_counts, soft_sums
 from lightning_hpo.functional.objectives.anyloss_arguments import metric_problems, surrogate_problems
 from lightning_hpo.functional.objectives.anyloss_inputs import arrange, suspicion, value_problems
@@ -74,8 +75,10 @@ class SoftConfusionMatrix(Metric):
         problems += surrogate_problems(surrogate, amplification, threshold, width, task)
         if (task == "binary") != (num_classes is None):
             problems.append(f"num_classes is for several classes or labels; got {num_classes!r} with task={task!r}")
-        elif num_classes is not None and num_classes < (2 if task == "multiclass" else 1):
-            problems.append(f"num_classes={num_classes!r} is too few")
+        elif num_classes is not None and not is_whole(num_classes, least := 2 if task == "multiclass" else 1):
+            problems.append(f"num_classes must be a whole number of at least {least}, got {num_classes!r}")
+        if hard and (surrogate, amplification, width) != ("anyloss", None, 0.1):
+            problems.append("surrogate, amplification and width have no effect with hard=True")
         if problems:
             raise ValueError(f"`SoftConfusionMatrix`: {'; '.join(problems)}.")
         self.task: Task = task

@@ -5,12 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hpo.functional.objectives.anyloss_inputs import (
-    Inputs,
-    look_like_probabilities,
-    suspicion,
-    value_problems,
-)
+from lightning_hpo.functional.objectives.anyloss_inputs import Inputs, suspicion, value_problems
 from lightning_hpo.functional.objectives.anyloss_metrics import Task
 
 __all__ = ["ValueWatch"]
@@ -19,12 +14,15 @@ __all__ = ["ValueWatch"]
 class ValueWatch:
     """Checks targets, on the CPU at once, elsewhere as soon as the numbers have arrived by themselves.
 
-    The first batch is always looked at before anything else happens, and its logits, too. Of later ones three numbers
+    The first batch is always looked at before anything else happens. Of later ones three numbers
     are computed where they are. On an accelerator these travel while training goes on; a wrong target is reported some
     batches later, without its value.
 
     Args:
         task: What the targets are.
+
+    Attributes:
+        first: Whether nothing has been looked at yet.
 
     Example:
         >>> from lightning_hpo.functional.objectives.anyloss_inputs import arrange
@@ -49,10 +47,6 @@ class ValueWatch:
             return value_problems(inputs, self.task, seen.tolist())
         self._send(seen, classes)
         return self._arrived()
-
-    def suspects_probabilities(self, inputs: Inputs) -> bool:
-        """Whether to warn of logits that look like probabilities; asked of the first batch only."""
-        return self.first and look_like_probabilities(inputs.logits, self.task)
 
     def _send(self, seen: Tensor, classes: int) -> None:
         if seen.device.type != "cuda":  # nothing is known of when a copy has arrived: the first batch must do

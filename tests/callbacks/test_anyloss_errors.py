@@ -57,8 +57,15 @@ def test_every_wrong_argument_is_named_at_once():
         assert name in str(error.value)
     with pytest.raises(ValueError, match="amplification_start=2.0 has no effect on surrogate='sol-uniform'"):
         MetricObjective(surrogate="sol-uniform", amplification_start=2.0)
-    with pytest.raises(ValueError, match="must be numbers"):
-        MetricObjective(warmup="long")
+    for name, value in [
+        ("warmup", "long"), ("amplification_start", "low"), ("total_steps", 2.5), ("total_steps", True),
+        ("total_steps", "all"), ("criterion", 3), ("running", "x"), ("ignore_index", 0.5), ("metric", ["f1"]),
+        ("surrogate", ["sigmoid"]),
+    ]:  # fmt: skip
+        with pytest.raises(
+            ValueError, match=rf"^`MetricObjective`: {name} must be [^;]*, got {re.escape(repr(value))}\.$"
+        ):
+            MetricObjective(**{name: value})
 
 
 def test_a_module_without_the_criterion_is_told_how_to_have_one():
@@ -104,6 +111,21 @@ def test_steps_that_do_not_call_the_criterion_once():
 
     with pytest.raises(ValueError, match="takes logits and targets only"):
         fit(net=More())
+
+
+def test_a_criterion_that_gives_no_number_is_named_at_once():
+    def several(logits, targets):
+        return F.binary_cross_entropy_with_logits(logits, targets), {}
+
+    with pytest.raises(ValueError, match="must give a tensor of one number, got a `tuple`"):
+        fit(MetricObjective(warmup=0.9), net=Net(criterion=several))
+
+
+@pytest.mark.parametrize("running", [None, 0.5])
+def test_a_checkpoint_with_and_one_without_running_sums(running):
+    written = MetricObjective(running=None if running else 0.5)
+    with pytest.raises(MisconfigurationException, match="running sums, this is with.*change `running`"):
+        MetricObjective(running=running).load_state_dict(written.state_dict())
 
 
 def test_the_temperature_needs_a_validation_that_calls_the_criterion():

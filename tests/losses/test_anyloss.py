@@ -164,6 +164,16 @@ def test_probabilities_are_warned_of_once():
     torch.testing.assert_close(AnyLoss("f1", from_logits=False)(p, y), AnyLoss("f1")(torch.logit(p), y))
 
 
+def test_what_cannot_be_a_probability_or_a_weight_is_named():
+    y = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"probabilities must be from 0 to 1, got some from -3 to 0\.5"):
+        AnyLoss("f1", from_logits=False)(torch.tensor([-3.0, 0.5]), y)
+    with pytest.raises(ValueError, match="weights must not be negative, got -1"):
+        AnyLoss("f1")(torch.zeros(2), y, torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match=r"targets must be 0 or 1, got nan\.$"):
+        AnyLoss("f1")(torch.zeros(2), torch.full((2,), torch.nan))
+
+
 def test_nan_is_an_error_if_asked():
     z = torch.tensor([0.0, torch.nan])
     assert AnyLoss("f1")(z, torch.tensor([0, 1])).isnan()
@@ -173,8 +183,8 @@ def test_nan_is_an_error_if_asked():
 
 def test_every_wrong_argument_is_named_at_once():
     with pytest.raises(ValueError) as error:
-        AnyLoss("auc", task="ordinal", amplification=-1.0, threshold=1.5, beta=-2.0, running=1.0)
-    for name in ("metric", "task", "amplification", "threshold", "beta", "running"):
+        AnyLoss("auc", "ordinal", amplification=-1.0, threshold=1.5, beta=-2.0, running=1.0, ignore_index="no")
+    for name in ("metric", "task", "amplification", "threshold", "beta", "running", "ignore_index"):
         assert name in str(error.value)
     for name in METRICS:
         assert repr(name) in str(error.value)
@@ -185,8 +195,11 @@ def test_the_amplification_may_be_set():
     criterion = AnyLoss("f1")
     criterion.amplification = 5.0
     torch.testing.assert_close(criterion(logits, target), AnyLoss("f1", amplification=5.0)(logits, target))
-    with pytest.raises(ValueError, match="positive"):
-        criterion.amplification = 0.0
+    for wrong in (0.0, "steep"):
+        with pytest.raises(ValueError, match="positive"):
+            criterion.amplification = wrong
+    with pytest.raises(ValueError, match="no effect on surrogate='sol-cosine'"):
+        AnyLoss("f1", surrogate="sol-cosine").amplification = 5.0
 
 
 def test_copies_and_autocast():
@@ -201,14 +214,20 @@ def test_copies_and_autocast():
     assert criterion.sums.dtype == torch.float32
 
 
-def test_it_compiles():
-    logits, target = next(batches(1))
-    criterion = AnyLoss("f1")
-    compiled = torch.compile(criterion, backend="aot_eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, while tracing
-        found = compiled(logits, target)
-    torch.testing.assert_close(found, criterion(logits, target))
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_it_compiles_into_one_graph(task):
+    generator = torch.Generator().manual_seed(0)
+    shape = (16,) if task == "binary" else (16, 3)
+    logits = torch.randn(shape, generator=generator)
+    target = torch.randint(3, (16,), generator=generator) if task == "multiclass" else (logits > 0.5).long()
+    criterion, gradients = AnyLoss("f1", task), []
+    for call in (criterion, torch.compile(criterion, backend="aot_eager", fullgraph=True)):
+        leaf = logits.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, while tracing
+            call(leaf, target).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_small_last_layer_leaves_no_sample_dead():

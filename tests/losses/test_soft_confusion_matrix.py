@@ -43,11 +43,22 @@ def test_hard_counts_are_those_of_torchmetrics(task):
     torch.testing.assert_close(counts.compute(), torch.stack([tp, fp, fn, tn]))
 
 
+def test_hard_counts_are_whole_under_autocast():
+    y = torch.arange(903) // 301
+    counts = SoftConfusionMatrix("multiclass", 3, hard=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        counts.update(torch.nn.functional.one_hot(y, 3).float(), y)
+    assert counts.compute()[0].tolist() == [301.0] * 3  # which 16 bits cannot hold
+
+
 def test_wrong_arguments_and_values_are_named():
     with pytest.raises(ValueError, match="num_classes is for several classes"):
         SoftConfusionMatrix("multiclass")
-    with pytest.raises(ValueError, match="num_classes=1 is too few"):
-        SoftConfusionMatrix("multiclass", 1)
+    for wrong in (1, 2.5, "3"):
+        with pytest.raises(ValueError, match=f"num_classes must be a whole number of at least 2, got {wrong!r}"):
+            SoftConfusionMatrix("multiclass", wrong)
+    with pytest.raises(ValueError, match="no effect with hard=True"):
+        SoftConfusionMatrix(hard=True, amplification=5.0)
     with pytest.raises(ValueError, match=r"task must be .*; surrogate must be"):
         SoftConfusionMatrix("ordinal", surrogate="hinge")
     counts = SoftConfusionMatrix("multiclass", 3)

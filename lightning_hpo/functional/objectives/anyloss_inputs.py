@@ -1,5 +1,6 @@
 """Logits and targets as a soft confusion matrix wants them, and what can be wrong with them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,15 @@ from torch import Tensor
 
 from lightning_hpo.functional.objectives.anyloss_metrics import Task
 
-__all__ = ["Inputs", "arrange", "look_like_probabilities", "suspicion", "value_problems"]
+__all__ = [
+    "Inputs",
+    "arrange",
+    "look_like_probabilities",
+    "range_problems",
+    "suspicion",
+    "value_problems",
+    "without_autocast",
+]
 
 _FEW = 8  # logits of fewer samples may lie between 0 and 1 by chance
 
@@ -152,11 +161,35 @@ def value_problems(inputs: Inputs, task: Task, seen: list[float] | None = None) 
         return []
     target = inputs.target
     wrong = (target < 0) | (target >= classes) if task == "multiclass" else (target != 0) & (target != 1)
-    values = [f"{value:g}" for value in target[wrong].unique()[:5].tolist()]
+    values = list(dict.fromkeys(f"{value:g}" for value in target[wrong].unique()[:5].tolist()))  # a NaN once
     if not values:
         return []
     allowed = f"class numbers from 0 to {classes - 1}" if task == "multiclass" else "0 or 1"
     return [f"targets must be {allowed}, got {', '.join(values)}"]
+
+
+def range_problems(probabilities: Tensor | None, weight: Tensor | None) -> list[str]:
+    """What is wrong with the range of probabilities and weights; reads them. A NaN is not looked for.
+
+    Args:
+        probabilities: Announced as such, or ``None``.
+        weight: Of samples, or ``None``.
+
+    Returns:
+        Sentences; none if all is well.
+
+    Example:
+        >>> range_problems(torch.tensor([0.5, 2.0]), torch.tensor([-1.0, 1.0]))
+        ['probabilities must be from 0 to 1, got some from 0.5 to 2', 'weights must not be negative, got -1']
+    """
+    problems = []
+    if probabilities is not None:
+        low, high = (value.item() for value in probabilities.detach().aminmax())
+        if low < 0 or high > 1:
+            problems.append(f"probabilities must be from 0 to 1, got some from {low:g} to {high:g}")
+    if weight is not None and (least := weight.detach().amin().item()) < 0:
+        problems.append(f"weights must not be negative, got {least:g}")
+    return problems
 
 
 def look_like_probabilities(logits: Tensor, task: Task) -> bool:
@@ -177,3 +210,23 @@ def look_like_probabilities(logits: Tensor, task: Task) -> bool:
     if logits.shape[0] < _FEW or not bool((low >= 0) & (high <= 1) & (high > low)):
         return False
     return task != "multiclass" or bool(((logits.detach().sum(1) - 1).abs() < 1e-2).all())
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Where products of counts are not rounded to 16 bits.
+
+    Args:
+        tensor: On the device that is meant.
+
+    Returns:
+        A context.
+
+    Example:
+        >>> counts = torch.tensor([[301.0]])
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     with without_autocast(counts):
+        ...         counts @ torch.ones(1, 1)
+        tensor([[301.]])
+    """
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

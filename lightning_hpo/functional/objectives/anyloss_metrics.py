@@ -201,10 +201,10 @@ def _matrix_mcc(matrix: Tensor) -> Tensor:
     shares = _shares(matrix)
     true, predicted = shares.sum(1), shares.sum(0)
     whole = _root(1 - predicted.square().sum()) * _root(1 - true.square().sum())
-    return _ratio(shares.trace() - true @ predicted, whole).value
+    return _ratio(shares.trace() - true.dot(predicted), whole).value
 
 
 def _matrix_kappa(matrix: Tensor) -> Tensor:
     shares = _shares(matrix)
-    chance = shares.sum(1) @ shares.sum(0)
+    chance = shares.sum(1).dot(shares.sum(0))  # unlike `@` it keeps its precision under autocast
     return _ratio(shares.trace() - chance, 1 - chance).value

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["SURROGATES", "Surrogate", "SurrogateName"]
+__all__ = ["STEEPNESS", "SURROGATES", "Surrogate", "SurrogateName"]
 
 SurrogateName = Literal["anyloss", "sol-uniform", "sol-cosine", "sigmoid"]
 SURROGATES = ("anyloss", "sol-uniform", "sol-cosine", "sigmoid")
-_STEEPNESS = {"anyloss": 73.0, "sigmoid": 1.0}  # the papers'
+STEEPNESS = {"anyloss": 73.0, "sigmoid": 1.0}  # of those that have an amplification; the papers'
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Surrogate:
     @property
     def steepness(self) -> float:
         """The amplification in force; 1 where there is none."""
-        return self.amplification if self.amplification is not None else _STEEPNESS.get(self.name, 1.0)
+        return self.amplification if self.amplification is not None else STEEPNESS.get(self.name, 1.0)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Soft decisions of the same shape."""
@@ -60,7 +60,8 @@ class Surrogate:
             return torch.sigmoid(self.steepness * (logits - self._logit()))
         if self.name == "hard":
             return (logits > self._logit()).to(logits.dtype)
-        return self._of_probability(torch.sigmoid(logits))
+        p = torch.sigmoid(logits)
+        return p if self.name == "sol-uniform" else self._decision(p - self.threshold)
 
     def slope(self, logits: Tensor) -> Tensor:
         """Derivative of each soft decision in its logit."""
@@ -69,19 +70,21 @@ class Surrogate:
         if self.name == "hard":
             return torch.zeros_like(logits)
         p = torch.sigmoid(logits)
-        if self.name == "anyloss" and not torch.is_grad_enabled():  # the same, in place, because this decides the cost
-            soft = torch.mul(p, self.steepness).sub_(self.steepness * self.threshold).sigmoid_()
-            return p.mul_(1 - p).mul_(soft.mul_(1 - soft)).mul_(self.steepness)
-        return self._slope(p) * _bell(p)
+        if self.name == "sol-uniform":
+            return _bell(p)
+        slope = self._slope(p - self.threshold)
+        if torch.is_grad_enabled():
+            return slope * _bell(p)
+        return slope.mul_(p).mul_(1 - p)  # the same, in place: this decides the cost
 
-    def of_classes(self, logits: Tensor) -> Tensor:
-        """Soft decisions ``(N, C)`` of logits ``(N, C)``; they do not sum to 1 over classes."""
+    def of_classes(self, logits: Tensor, dim: int = 1) -> Tensor:
+        """Soft decisions for the classes along a dimension; they do not sum to 1 over classes."""
         if self.name == "sigmoid":
-            return torch.sigmoid(self.steepness * _margins(logits))
+            return torch.sigmoid(self.steepness * _margins(logits, dim))
         if self.name == "hard":
-            return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
-        q = logits.softmax(1)
-        return q if self.name == "sol-uniform" else self._of_probability(0.5 + 0.5 * _margins(q))
+            return torch.zeros_like(logits).scatter(dim, logits.max(dim, keepdim=True).indices, 1.0)
+        q = logits.softmax(dim)
+        return q if self.name == "sol-uniform" else self._decision(0.5 * _margins(q, dim))
 
     def class_slopes(self, logits: Tensor) -> Tensor:
         """Derivative of the soft decision for each class in the class's own logit, ``(N, C)``."""
@@ -92,36 +95,36 @@ class Surrogate:
         q = logits.softmax(1)
         if self.name == "sol-uniform":
             return _bell(q)
-        margins = _margins(q)
-        return self._slope(0.5 + 0.5 * margins) * 0.5 * q * (1 - margins)
+        margins = _margins(q, 1)
+        return self._slope(0.5 * margins) * 0.5 * q * (1 - margins)
 
     def _logit(self) -> float:
         return math.log(self.threshold / (1 - self.threshold))
 
-    def _of_probability(self, p: Tensor) -> Tensor:
+    def _decision(self, ahead: Tensor) -> Tensor:
+        """Of how far the probability is above the threshold."""
         if self.name == "anyloss":
-            return torch.sigmoid(self.steepness * (p - self.threshold))
-        if self.name == "sol-uniform":
-            return p
-        u = ((p - self.threshold) / self.width).clamp(-1, 1)
-        return 0.5 + 0.5 * u + torch.sin(math.pi * u) / (2 * math.pi)
+            return torch.sigmoid(self.steepness * ahead)
+        angle = self._angle(ahead)
+        return (angle + torch.sin(angle)) * (0.5 / math.pi) + 0.5
 
-    def _slope(self, p: Tensor) -> Tensor:
-        """Derivative in the probability."""
+    def _slope(self, ahead: Tensor) -> Tensor:
+        """Derivative of :meth:`_decision`."""
         if self.name == "anyloss":
-            return _bell(self._of_probability(p)) * self.steepness
-        if self.name == "sol-uniform":
-            return torch.ones_like(p)
-        u = ((p - self.threshold) / self.width).clamp(-1, 1)
-        return (1 + torch.cos(math.pi * u)) / (2 * self.width)
+            soft = self._decision(ahead)
+            return (1 - soft) * soft * self.steepness
+        return (1 + torch.cos(self._angle(ahead))) * (0.5 / self.width)
+
+    def _angle(self, ahead: Tensor) -> Tensor:
+        return (ahead * (math.pi / self.width)).clamp(-math.pi, math.pi)
 
 
 def _bell(p: Tensor) -> Tensor:
     return p * (1 - p)
 
 
-def _margins(values: Tensor) -> Tensor:
+def _margins(values: Tensor, dim: int) -> Tensor:
     """What each class is ahead of the best of the others."""
-    top, index = values.topk(2, dim=1)
-    is_best = torch.arange(values.shape[1], device=values.device) == index[:, :1]
-    return values - torch.where(is_best, top[:, 1:], top[:, :1])
+    first, best = values.max(dim, keepdim=True)
+    second = values.scatter(dim, best, -torch.inf).max(dim, keepdim=True).values
+    return (values - first).scatter(dim, best, first - second)

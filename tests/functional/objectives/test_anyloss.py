@@ -183,9 +183,11 @@ def test_gradcheck(task, name, metric):
     assert torch.autograd.gradcheck(function, logits.requires_grad_(), atol=1e-6)
 
 
-def test_higher_derivatives_and_transforms_of_the_fused_sums():
+@pytest.mark.parametrize("name", SURROGATES)
+def test_derivatives_and_transforms_of_sums_in_pieces(name, monkeypatch):
+    monkeypatch.setattr("lightning_hpo.functional.objectives.anyloss._CHUNK", 4)
     logits, target = draw("binary", n=10)
-    soft = Surrogate(amplification=9.0)
+    soft = Surrogate(name, amplification=9.0 if name == "anyloss" else None, width=0.4 if name == "sol-cosine" else 0.1)
 
     def function(z):
         return anyloss(z, target, "gmean", surrogate=soft)
@@ -196,13 +198,52 @@ def test_higher_derivatives_and_transforms_of_the_fused_sums():
 
     assert torch.autograd.gradgradcheck(function, logits.requires_grad_(), atol=1e-5)
     z = logits.detach()
-    torch.testing.assert_close(torch.func.grad(function)(z), torch.func.grad(plain)(z))
+    (found,) = torch.autograd.grad(function(logits), logits)
+    torch.testing.assert_close(found, torch.func.grad(plain)(z))
+    torch.testing.assert_close(torch.func.grad(function)(z), found)
     tangent = torch.linspace(-1, 1, 10, dtype=torch.float64)
     torch.testing.assert_close(
         torch.func.jvp(function, (z,), (tangent,))[1], torch.func.jvp(plain, (z,), (tangent,))[1]
     )
     batch = torch.stack([z, -z, 2 * z])
-    torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([plain(row) for row in batch]))
+    for of in (lambda f: f, torch.func.grad):
+        torch.testing.assert_close(torch.func.vmap(of(function))(batch), torch.stack([of(plain)(row) for row in batch]))
+
+
+@pytest.mark.parametrize("metric", ["f1", "mcc"])
+def test_higher_derivatives_and_transforms_of_classes(metric):
+    logits, target = draw("multiclass", n=6)
+
+    def function(z):
+        return anyloss(z, target, metric, "multiclass", surrogate=Surrogate(amplification=9.0))
+
+    assert torch.autograd.gradgradcheck(function, logits.requires_grad_(), atol=1e-5)
+    z = logits.detach()
+    (expected,) = torch.autograd.grad(function(logits), logits)
+    tangent = torch.linspace(-1, 1, z.numel(), dtype=torch.float64).view_as(z)
+    torch.testing.assert_close(torch.func.grad(function)(z), expected)
+    torch.testing.assert_close(torch.func.jvp(function, (z,), (tangent,))[1], (expected * tangent).sum())
+    batch = torch.stack([z, -z, 2 * z])
+    torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([function(row) for row in batch]))
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_ties_are_shared_and_impossible_classes_are_never_predicted(name):
+    soft = Surrogate(name)
+    tied = soft_sums(arrange(torch.zeros(4, 3), torch.tensor([0, 1, 2, 2]), "multiclass"), soft, "multiclass", True)
+    torch.testing.assert_close(tied, torch.tensor([[1.0], [1.0], [2.0]]).expand(3, 3) / 3)
+    logits, target = draw("multiclass")
+    logits[:, 3] = -torch.inf  # a mask, as of labels that cannot be
+    target = target.clamp(max=2)
+    logits.requires_grad_()
+    loss = anyloss(logits, target, "f1", "multiclass", surrogate=soft)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    rest = soft_sums(arrange(logits[:, :3], target, "multiclass"), soft, "multiclass", matrix=True)
+    masked = soft_sums(arrange(logits, target, "multiclass"), soft, "multiclass", matrix=True)
+    assert (masked[:, 3] <= masked[:, :3].amin(1)).all()
+    if name in ("sol-uniform", "sigmoid"):
+        torch.testing.assert_close(masked[:3, :3], rest)
 
 
 def test_many_samples_are_summed_in_pieces_without_a_difference():
@@ -354,7 +395,10 @@ def test_batches_that_lack_a_class_are_found():
         assert bool(lacks_a_class(sums)) is lacks
     inputs = arrange(torch.zeros(3, 3), torch.tensor([0, 2, 2]), "multiclass")
     assert lacks_a_class(soft_sums(inputs, Surrogate(), "multiclass"), "multiclass")
-    assert lacks_a_class(soft_sums(inputs, Surrogate(), "multiclass", matrix=True), "multiclass", matrix=True)
+    matrix = soft_sums(inputs, Surrogate(), "multiclass", matrix=True)
+    assert lacks_a_class(matrix, "multiclass", matrix=True)
+    assert not lacks_a_class(matrix, "multiclass", matrix=True, ignore_index=1)
+    assert lacks_a_class(matrix, "multiclass", matrix=True, ignore_index=-100)
 
 
 def test_nan_is_not_hidden():
@@ -372,6 +416,15 @@ def test_half_precision_is_summed_in_full():
     coarse = z.bfloat16()
     assert anyloss(coarse, y).dtype == torch.float32
     torch.testing.assert_close(anyloss(coarse, y), anyloss(coarse.float(), y))
+
+
+@pytest.mark.parametrize("metric", ["f1", "mcc", "kappa"])
+@pytest.mark.parametrize("task", ["binary", "multiclass", "multilabel"])
+def test_autocast_does_not_round_counts(task, metric):
+    logits, target = draw(task, n=999, dtype=torch.float32)
+    expected = anyloss(logits, target, metric, task)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(anyloss(logits, target, metric, task), expected)
 
 
 def test_dead_samples_are_counted():

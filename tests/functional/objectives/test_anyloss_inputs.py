@@ -92,6 +92,8 @@ def test_every_wrong_argument_is_named():
     assert "['accuracy', 'balanced_accuracy', 'f1'" in metric_problems("auc", "binary", "macro", 1.0)[0]
     assert len(metric_problems("auc", "ordinal", "median", 0.0)) == 4
     assert "not averaged" in metric_problems("mcc", "multiclass", "micro", 1.0)[0]
+    with pytest.raises(ValueError, match="metric must be one of"):
+        anyloss(torch.zeros(2), torch.tensor([0, 1]), "auc")
     assert surrogate_problems("anyloss", 73.0, 0.5, 0.1, "binary") == []
     assert len(surrogate_problems("hinge", 0.0, 1.0, 0.0, "binary")) == 4
     assert "no effect" in surrogate_problems("sol-uniform", 5.0, 0.5, 0.1, "binary")[0]
