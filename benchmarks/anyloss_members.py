@@ -70,18 +70,22 @@ class Table(Protocol):
 
 
 def fit_members(
-    parts: Sequence[Table], quick: bool, *callbacks: Callback, criterion: nn.Module | None = None
+    parts: Sequence[Table],
+    quick: bool,
+    *callbacks: Callback,
+    criterion: nn.Module | None = None,
+    length: float = 1.0,
 ) -> Members:
-    """Trains a member on each table, for at least 20 epochs and 500 steps; of each as much as the shortest has."""
-    length = min(len(data.train_set) for data in parts)
-    features, targets = (torch.stack([_shuffled(data)[k][:length] for data in parts], 1) for k in (0, 1))
+    """Trains a member on each table, on as much as the shortest has: 20 epochs or 500 steps, times a length."""
+    samples = min(len(data.train_set) for data in parts)
+    features, targets = (torch.stack([_shuffled(data)[k][:samples] for data in parts], 1) for k in (0, 1))
     batch_size, seeds = parts[0].batch_size, [data.seed for data in parts]
     module = Members(features.shape[2], seeds, criterion=criterion)
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(features, targets), batch_size, shuffle=True, generator=generator)
     trainer = Trainer(
         accelerator="cpu",
-        max_epochs=2 if quick else max(20, math.ceil(FEWEST / len(loader))),
+        max_epochs=2 if quick else round(length * max(20, math.ceil(FEWEST / len(loader)))),
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
