@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from anyloss_folds import FOLDS, cross_validated, folds_of
-from anyloss_members import fit_members
+from anyloss_members import FEWEST, fit_members
 from anyloss_plots import draw_histograms, draw_soft_and_hard
 from anyloss_synthetic import synthetic_rows
 from common import conclude, parse, show, write
@@ -52,7 +52,6 @@ SEVERAL: dict[str, dict[str, Any]] = {
     "coarse digits": {"name": "digits", "positive": None, "coarse": True},
     "wine": {"name": "wine", "positive": None},
 }
-FEWEST = 500  # steps of a run
 
 
 def thinned(data: ImbalancedDataModule, keep: float = 0.1) -> ImbalancedDataModule:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-__all__ = ["Members", "Table", "fit_members"]
+__all__ = ["FEWEST", "Members", "Table", "fit_members"]
 
 FEWEST = 500  # steps of a run
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_hpo.functional.arguments import is_whole
+from lightning_hpo.functional.arguments import is_number, is_whole
 
 __all__ = ["argument_problems"]
 
@@ -49,5 +49,5 @@ def argument_problems(of: Any) -> list[str]:
     return [problem for problem, holds in checks.items() if not holds]
 
 
-def _positive(value: object, most: float = math.nextafter(math.inf, 0)) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= most
+def _positive(value: Any, most: float = math.nextafter(math.inf, 0)) -> bool:
+    return is_number(value) and 0 < value <= most

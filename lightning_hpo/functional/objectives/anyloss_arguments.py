@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from lightning_hpo.functional.arguments import is_whole
+from lightning_hpo.functional.arguments import is_number, is_whole
 from lightning_hpo.functional.objectives.anyloss_metrics import METRICS, OF_THE_WHOLE, Average, Task
 from lightning_hpo.functional.objectives.anyloss_surrogates import STEEPNESS, SURROGATES
 
@@ -71,13 +71,13 @@ def _surrogate_problems(name: Any, amplification: Any, threshold: Any, width: An
     if name not in SURROGATES:
         yield f"surrogate must be one of {list(SURROGATES)}, got {name!r}"
     yield from _amplification_problems("amplification", amplification, name)
-    if not _is_number(threshold) or not 0 < threshold < 1:
+    if not is_number(threshold) or not 0 < threshold < 1:
         yield f"threshold must be between 0 and 1, got {threshold!r}"
     elif threshold != 0.5 and task == "multiclass":
         yield f"threshold={threshold!r} has no effect on task='multiclass': the largest logit wins"
     elif threshold != 0.5 and name == "sol-uniform":
         yield f"threshold={threshold!r} has no effect on surrogate='sol-uniform', whose threshold is any"
-    if not _is_number(width) or not 0 < width <= 0.5:
+    if not is_number(width) or not 0 < width <= 0.5:
         yield f"width must be above 0 and at most 0.5, got {width!r}"
     elif width != 0.1 and name != "sol-cosine":
         yield f"width={width!r} has no effect on surrogate={name!r}"
@@ -98,7 +98,7 @@ def batch_problems(running: Any, ignore_index: Any) -> list[str]:
         ['running must be None or a decay from 0 to below 1, got 1.0']
     """
     problems = []
-    if running is not None and not (_is_number(running) and 0 <= running < 1):
+    if running is not None and not (is_number(running) and 0 <= running < 1):
         problems.append(f"running must be None or a decay from 0 to below 1, got {running!r}")
     if ignore_index is not None and type(ignore_index) is not int:
         problems.append(f"ignore_index must be None or a whole number, got {ignore_index!r}")
@@ -126,7 +126,7 @@ def schedule_problems(warmup: Any, anneal: Any, mix: Any, start: Any, total_step
     problems = [
         f"{name} must be a number, got {value!r}"
         for name, value in (("warmup", warmup), ("anneal", anneal), ("mix", mix))
-        if not _is_number(value)
+        if not is_number(value)
     ]
     if not problems:
         checks = {
@@ -149,8 +149,4 @@ def _amplification_problems(argument: str, value: Any, surrogate: Any) -> Iterat
 
 
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and 0 < value < math.inf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number(value) and 0 < value < math.inf
